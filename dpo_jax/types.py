@@ -1,0 +1,56 @@
+"""The arrays that pass between layers, and the one legend of their shapes.
+
+Shape letters, used in every annotation and einsum of the repository:
+  `B` pairs in a batch, `M` microbatches, `R` rows, `T` tokens in a row,
+  `S` scored positions in a row, `D` model width, `F` mlp width,
+  `N` query heads, `K` key heads, `H` head width, `L` layers, `E` experts,
+  `V` vocabulary.
+"""
+
+import dataclasses
+from typing import Any
+
+import beartype
+import jax
+import jaxtyping
+import numpy as np
+
+Array = jax.Array | np.ndarray
+Params = dict[str, Any]
+
+# Checks shapes and dtypes when a function is traced; free under jit.
+typed = jaxtyping.jaxtyped(typechecker=beartype.beartype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+  """Packed token rows of one microbatch (all of a batch with a leading `M`).
+
+  A query at index t sees the keys in `[key_start[t], key_end[t])` of its row
+  and no others; padding has an empty interval. Scored positions stand first
+  in a row's `S` entries; entries past the last have `response` -1.
+  """
+
+  tokens: Array  # i32[R,T]
+  positions: Array  # i32[R,T]  position ids, 0 at a prompt's first token
+  key_start: Array  # i32[R,T]
+  key_end: Array  # i32[R,T]  exclusive
+  score_index: Array  # i32[R,S]  index in T of the state that predicts
+  targets: Array  # i32[R,S]  the token predicted
+  response: Array  # i32[R,S]  2 * pair + (0 chosen, 1 rejected); -1 padding
+  rank: Array  # i32[R,S]  the target's index within its response
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+  """A step's pairs: rows for at most `M` microbatches, of which some are used.
+
+  A demonstration is a pair with `lengths[:, 1] == 0`; an unused pair slot
+  (in the last batch of an evaluation) has `lengths == 0`.
+  """
+
+  rows: Rows  # each leaf [M,R,...]
+  num_microbatches: Array  # i32[]  how many of M are filled
+  lengths: Array  # i32[B,2]  response tokens of chosen and rejected

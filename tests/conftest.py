@@ -1,0 +1,34 @@
+"""Eight CPU devices, strict shapes, and the folder of real data."""
+
+import os
+import pathlib
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+# JAX reads the environment when it is first imported.
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+
+
+def _shared_dir() -> pathlib.Path:
+  return pathlib.Path(
+    os.environ.get("DPO_JAX_SHARED", REPOSITORY.parent / "shared")
+  )
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> pathlib.Path:
+  """The folder of real data and golden runs; tests that need it skip."""
+  folder = _shared_dir()
+  if not (folder / "data").is_dir():
+    pytest.skip(f"no real data at {folder}: set DPO_JAX_SHARED")
+  return folder
