@@ -1,0 +1,1 @@
+"""State on disk: written so that a killed write never looks complete."""

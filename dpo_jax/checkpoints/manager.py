@@ -1,0 +1,265 @@
+"""Saves a run's state while it trains, and brings it back on any mesh.
+
+A run folder holds `checkpoints/<step>/`, each with three items:
+  `state`         the arrays, one tree, written by Orbax from every process
+  `fingerprints`  a 32-bit sum of the bits of every array, taken on the device
+  `metrics`       what the evaluation at this step said, if there was one
+
+Orbax writes to a temporary folder and renames it, so what a killed process
+leaves is never taken for a checkpoint.
+"""
+
+import json
+import math
+import os
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers
+
+from dpo_jax.checkpoints import reader
+from dpo_jax.types import Params
+
+
+class Manager:
+  """The checkpoints of one run; every process makes one and calls it alike."""
+
+  def __init__(
+    self,
+    workdir: str | os.PathLike[str],
+    *,
+    every: int,
+    keep: int,
+    metric: str = "loss",
+    lower_is_better: bool = True,
+  ):
+    """Opens `workdir/checkpoints`, and clears what a killed write left there.
+
+    Args:
+      workdir: the run folder; made when absent.
+      every: `save` writes at multiples of this many steps; 0 is never, unless
+        forced.
+      keep: how many of the latest checkpoints stay, at least 1. With 1 there
+        is nothing to fall back to when that one is damaged.
+      metric: the key of `save`'s metrics by which the best one stays as well.
+      lower_is_better: whether the best is the lowest.
+
+    Raises:
+      ValueError: `every` or `keep` is out of range.
+    """
+    if every < 0:
+      raise ValueError(f"checkpoint.every={every}: must be 0 (never) or above")
+    if keep < 1:
+      raise ValueError(f"checkpoint.keep={keep}: must be at least 1")
+    self._every = every
+    self._metric = metric
+    self._folder = _checkpoints_folder(workdir)
+    _drop_unreadable_metrics(workdir)
+    sign = 1.0 if lower_is_better else -1.0
+
+    def badness(metrics: Mapping[str, float] | None) -> float:
+      value = sign * (metrics or {}).get(metric, math.inf * sign)
+      return math.inf if math.isnan(value) else value
+
+    best = checkpoint_managers.BestN(
+      get_metric_fn=badness,
+      reverse=True,
+      n=1,
+      keep_checkpoints_without_metrics=False,
+    )
+    latest = checkpoint_managers.LatestN(keep)
+    self._orbax = ocp.CheckpointManager(
+      self._folder,
+      options=ocp.CheckpointManagerOptions(
+        best_fn=badness,  # Orbax writes metrics only where this is set.
+        best_mode="min",
+        preservation_policy=checkpoint_managers.AnyPreservationPolicy(
+          [latest, best]
+        ),
+        cleanup_tmp_directories=True,
+      ),
+    )
+
+  def save(
+    self,
+    step: int,
+    state: Any,
+    metrics: Mapping[str, float] | None = None,
+    *,
+    force: bool = False,
+  ) -> bool:
+    """Returns whether a save of `state` began; the rest happens in a thread.
+
+    The arrays are copied to the host before this returns, so `state` may be
+    donated at once. A save waits for the one before it.
+
+    Args:
+      step: the number of updates that made `state`.
+      state: a tree of jax arrays with elements of 8, 16 or 32 bits (no typed
+        random keys), the subtree `params` among them.
+      metrics: what an evaluation of `state` said; None where there was none.
+      force: saves though `every` does not divide the step.
+
+    Raises:
+      ValueError: `metrics` lacks the key by which the best one is chosen.
+    """
+    if metrics is not None and self._metric not in metrics:
+      raise ValueError(
+        f"the best checkpoint is chosen by {self._metric!r}, which is not"
+        f" among the metrics: {', '.join(sorted(metrics))}"
+      )
+    due = self._every > 0 and step % self._every == 0
+    if not (due or force) or step in self._orbax.all_steps():
+      return False
+    prints = jax.device_get(reader.fingerprints(state))
+    return self._orbax.save(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.PyTreeSave(state),
+        fingerprints=ocp.args.JsonSave(
+          {name: int(value) for name, value in prints.items()}
+        ),
+      ),
+      metrics={name: float(x) for name, x in (metrics or {}).items()},
+      force=True,
+    )
+
+  def wait(self) -> None:
+    """Returns when no save is under way; raises what a save raised."""
+    self._orbax.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits, then ends the threads."""
+    self._orbax.close()
+
+  def __enter__(self) -> "Manager":
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
+
+  def latest_step(self) -> int | None:
+    """Returns the newest step that was saved; None where there is none."""
+    return self._orbax.latest_step()
+
+  def restore(self, abstract_state: Any) -> tuple[int, Any] | None:
+    """Returns the newest undamaged step and its state; None if none was saved.
+
+    A damaged checkpoint is renamed to `damaged_<step>` and one line says why,
+    once an older one was read whole: a step can then be saved again.
+
+    Args:
+      abstract_state: ShapeDtypeStructs with shardings, in the tree to return.
+        The mesh need not be the one that saved.
+
+    Raises:
+      ValueError: the checkpoint holds other arrays than `abstract_state`, or
+        all are damaged (then nothing is renamed).
+    """
+    damaged: dict[int, str] = {}
+    for step in sorted(self._orbax.all_steps(), reverse=True):
+      try:
+        state = reader.read(self._folder / str(step), abstract_state)
+      except reader.DamagedError as error:
+        damaged[step] = str(error)
+        continue
+      if damaged:
+        self._set_aside(damaged, read=step)
+      return step, state
+    if damaged:
+      raise ValueError(
+        f"no checkpoint in {self._folder} can be read:"
+        f" {'; '.join(f'{s}: {why}' for s, why in damaged.items())}"
+      )
+    return None
+
+  def _set_aside(self, damaged: Mapping[int, str], *, read: int) -> None:
+    """Renames the damaged steps, so that they are out of the way."""
+    for step, reason in damaged.items():
+      path, aside = self._folder / str(step), self._folder / f"damaged_{step}"
+      if jax.process_index() == 0:
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+      logging.warning(
+        "checkpoint %s is damaged (%s): renamed it %s and went back to step %d",
+        *(path, reason, aside.name, read),
+      )
+    multihost_utils.sync_global_devices("damaged checkpoints renamed")
+    self._orbax.reload()
+
+
+def saved_steps(workdir: str | os.PathLike[str]) -> list[int]:
+  """Returns the steps that a run folder holds checkpoints of, ascending."""
+  names = ocp.path.step.standard_name_format()
+  found = names.find_all(_checkpoints_folder(workdir))
+  return sorted(entry.step for entry in found)
+
+
+def restore_params(
+  workdir: str | os.PathLike[str],
+  abstract_params: Params,
+  step: int | None = None,
+) -> Params:
+  """Returns the policy's parameters of a run, without reading anything else.
+
+  Nothing in the folder is changed, so the run may still be going on.
+
+  Args:
+    workdir: the run folder.
+    abstract_params: ShapeDtypeStructs with shardings. Parameters saved in
+      another dtype are cast.
+    step: which checkpoint; the newest by default.
+
+  Raises:
+    ValueError: there is no such checkpoint, it holds other parameters, or it
+      is damaged (a model other than the one asked for would be worse).
+  """
+  folder = _checkpoints_folder(workdir)
+  steps = saved_steps(workdir)
+  if not steps:
+    raise ValueError(f"no checkpoint in {folder}")
+  step = steps[-1] if step is None else step
+  if step not in steps:
+    raise ValueError(
+      f"no checkpoint of step {step} in {folder}; there are"
+      f" {', '.join(map(str, steps))}"
+    )
+  wanted = {"params": abstract_params}
+  try:
+    params = reader.read(folder / str(step), wanted, partial=True)["params"]
+  except reader.DamagedError as error:
+    raise ValueError(
+      f"checkpoint {folder / str(step)} is damaged: {error}; there are"
+      f" {', '.join(map(str, steps))}"
+    ) from error
+  return jax.tree.map(
+    lambda x, like: x.astype(like.dtype), params, abstract_params
+  )
+
+
+def _checkpoints_folder(workdir: str | os.PathLike[str]) -> pathlib.Path:
+  # Orbax takes absolute paths only.
+  return pathlib.Path(workdir).absolute() / "checkpoints"
+
+
+def _drop_unreadable_metrics(workdir: str | os.PathLike[str]) -> None:
+  """Deletes damaged metrics files, which would keep Orbax from opening."""
+  if jax.process_index() == 0:
+    for step in saved_steps(workdir):
+      path = _checkpoints_folder(workdir) / str(step) / "metrics" / "metrics"
+      try:
+        readable = not path.exists() or isinstance(
+          json.loads(path.read_bytes()), dict
+        )
+      except ValueError:
+        readable = False
+      if not readable:
+        logging.warning("%s cannot be read: step %d has no metrics", path, step)
+        path.unlink()
+  multihost_utils.sync_global_devices("checkpoint metrics read")

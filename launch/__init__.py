@@ -1,0 +1,1 @@
+"""Entry points: each parses flags and calls one function of the package."""

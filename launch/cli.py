@@ -1,0 +1,141 @@
+"""Runs a launch script so that a user's mistake ends in one line.
+
+Exit status: 0 the run finished (or help was asked for), 1 something broke (with
+its traceback), 2 the user asked for something that cannot be had (one line on
+stderr; `--verbosity=1` adds the traceback).
+"""
+
+import difflib
+import functools
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NoReturn
+
+from absl import app, flags, logging
+from ml_collections import config_dict
+from ml_collections.config_flags import config_flags
+
+
+def run(
+  main: Callable[[list[str]], int | None], *, num_arguments: int = 0
+) -> NoReturn:
+  """Parses flags, calls `main`, and exits.
+
+  A script does `if __name__ == "__main__": cli.run(main)`. A config flag should
+  have no default file: absl would load it before errors are caught here.
+
+  Args:
+    main: takes the program's name and arguments; its ValueErrors are the user's
+      mistakes. What it returns is the exit status, None for 0.
+    num_arguments: how many arguments without a flag follow the program's name.
+  """
+  try:
+    app.run(main, flags_parser=functools.partial(_parse_flags, num_arguments))
+  except (ValueError, flags.Error) as error:
+    logging.debug("the traceback of the error below", exc_info=True)
+    print("error:", " ".join(str(error).split()), file=sys.stderr)
+    sys.exit(2)
+
+
+def _parse_flags(num_arguments: int, argv: list[str]) -> list[str]:
+  """Returns what is left of `argv` when the flags are taken out of it.
+
+  Raises:
+    ValueError: a mistake in a config or one of its overrides, or arguments
+      that are no flags.
+    flags.Error: any other mistake in a flag.
+    SystemExit: with status 0, after help.
+  """
+  try:
+    rest = flags.FLAGS(argv)
+    for flag in _config_flags():
+      # ml_collections keeps a failure to load for the first use: this is one.
+      getattr(flag.value, "is_locked", None)
+  except SystemExit as done:
+    # absl's help flags exit with 1.
+    raise SystemExit(0) from done
+  except (KeyError, AttributeError):
+    _raise_for_unknown_keys(argv)
+    raise
+  except TypeError as error:
+    raise ValueError(
+      f"a config override has the wrong type: {error}"
+    ) from error
+  except OSError as error:
+    raise ValueError(_unread_config(argv, error)) from error
+  except flags.IllegalFlagValueError as error:
+    # An error within get_config comes with the text of its traceback.
+    first, *more = str(error).splitlines()
+    if not more:
+      raise
+    name = first.split(": ")[0].removeprefix("flag ")
+    raise ValueError(f"{name}: {_innermost(error)}") from error
+  unexpected = rest[1 + num_arguments :]
+  if unexpected:
+    raise ValueError(
+      f"unexpected argument {unexpected[0]!r}; flags begin with --"
+    )
+  if flags.FLAGS["verbosity"].using_default_value:
+    # absl would show INFO, at which Orbax tells of every step of a save.
+    flags.FLAGS.verbosity = logging.WARNING
+  return rest
+
+
+def _innermost(error: BaseException) -> str:
+  while (inner := error.__cause__ or error.__context__) is not None:
+    error = inner
+  return str(error)
+
+
+def _config_flags() -> Iterator[flags.Flag]:
+  for name in flags.FLAGS:
+    if config_flags.is_config_flag(flags.FLAGS[name]):
+      yield flags.FLAGS[name]
+
+
+def _config_path(flag: flags.Flag, argv: list[str]) -> str | None:
+  """Returns what `argv` gives as a config file; the flag may be unparsed."""
+  path = None
+  for arg, following in zip(argv, [*argv[1:], ""], strict=True):
+    match = re.fullmatch(rf"--?{flag.name}(=.*)?", arg)
+    if match:
+      path = match[1][1:] if match[1] else following
+  return path
+
+
+def _unread_config(argv: list[str], error: OSError) -> str:
+  """Returns what to say of a config that could not be loaded."""
+  for flag in _config_flags():
+    path = _config_path(flag, argv) or ""
+    if not os.path.isfile(path.split(":")[0]):
+      return f"--{flag.name}={path}: there is no such config file"
+  return f"a config cannot be loaded: {_innermost(error)}"
+
+
+def _raise_for_unknown_keys(argv: list[str]) -> None:
+  """Raises a ValueError that names an override's key that no config has."""
+  for flag in _config_flags():
+    path = _config_path(flag, argv)
+    if path is None:
+      continue
+    known = set(_keys(flag.parser.parse(path)))
+    for arg in argv:
+      match = re.fullmatch(rf"--?(?:no)?{flag.name}\.([^=]+)(?:=.*)?", arg)
+      if match and match[1] not in known:
+        near = difflib.get_close_matches(match[1], known, n=1)
+        hint = (
+          f"did you mean {near[0]!r}?"
+          if near
+          else f"known: {', '.join(sorted(known))}"
+        )
+        raise ValueError(f"unknown config key {match[1]!r}; {hint}")
+
+
+def _keys(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+  """Yields the dotted name of every key, inner ones included."""
+  for key, value in config.items():
+    yield prefix + key
+    if isinstance(value, config_dict.ConfigDict | dict):
+      yield from _keys(value, f"{prefix}{key}.")
