@@ -1,0 +1,1 @@
+"""Experiments as plain Python: `get_config(argument) -> ConfigDict`."""

@@ -1,0 +1,1 @@
+"""Log-probabilities to one loss a pair."""

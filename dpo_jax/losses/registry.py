@@ -1,0 +1,183 @@
+"""What a preference loss is, and the table of them.
+
+A loss is one function of a `PairLogps` and keyword-only hyper-parameters. Its
+signature says which hyper-parameters it has and, by their annotations, what
+each may be; `register` puts it in `LOSSES` under its own name.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import math
+import numbers
+import typing
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
+
+import jax
+from jaxtyping import Float
+
+from dpo_jax.types import Array
+
+Logps = Float[Array, "B"]
+Scalar = int | float | Float[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+  """The numbers between `low` and `high`; `[` and `]` include the end."""
+
+  low: float
+  high: float
+  brackets: str
+
+  def __contains__(self, value: float) -> bool:
+    above = value > self.low or (self.brackets[0] == "[" and value == self.low)
+    below = value < self.high or (
+      self.brackets[1] == "]" and value == self.high
+    )
+    return above and below
+
+  def __str__(self) -> str:
+    if self.high == math.inf:
+      return (
+        f"{'at least' if self.brackets[0] == '[' else 'above'} {self.low:g}"
+      )
+    return f"in {self.brackets[0]}{self.low:g}, {self.high:g}{self.brackets[1]}"
+
+
+Positive = Annotated[Scalar, Range(0, math.inf, "()")]
+UnitInterval = Annotated[Scalar, Range(0, 1, "[]")]
+# A label wrong half of the time says nothing, and more often, the opposite.
+FlipRate = Annotated[Scalar, Range(0, 0.5, "[)")]
+PositiveFlipRate = Annotated[Scalar, Range(0, 0.5, "()")]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PairLogps:
+  """Log-probabilities of a batch's responses: summed over tokens, nats.
+
+  The lengths are those of the whole batch, also where only some of its pairs
+  are present; an absent pair's log-probabilities are 0, and a slot that holds
+  no pair has length 0.
+  """
+
+  policy_chosen: Array  # f32[B]
+  policy_rejected: Array  # f32[B]
+  reference_chosen: Array | None  # f32[B]
+  reference_rejected: Array | None  # f32[B]
+  chosen_lengths: Array  # f32[B]  response tokens
+  rejected_lengths: Array  # f32[B]
+
+  @property
+  def chosen_logratio(self) -> Array:
+    """Policy minus reference log-probability of the chosen response."""
+    assert self.reference_chosen is not None, "a loss without a reference"
+    return self.policy_chosen - self.reference_chosen
+
+  @property
+  def rejected_logratio(self) -> Array:
+    """Policy minus reference log-probability of the rejected response."""
+    assert self.reference_rejected is not None, "a loss without a reference"
+    return self.policy_rejected - self.reference_rejected
+
+  @property
+  def margin(self) -> Array:
+    """Chosen minus rejected log-ratio."""
+    return self.chosen_logratio - self.rejected_logratio
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+  """A preference loss and what the training step must know of it."""
+
+  name: str
+  fn: Callable[..., Array]  # (PairLogps, *, hyper-parameters) -> f[B]
+  hyperparameters: tuple[str, ...]  # from the signature, without defaults
+  needs_reference: bool
+  inputs: str  # "pairs", or "demonstrations": chosen responses alone
+  looks_across_batch: bool  # a pair's loss depends on the batch's other pairs
+  honours: frozenset[str]  # of f_divergence, ld_alpha, wpo, sft_weight
+
+  def range_of(self, hyperparameter: str) -> Range:
+    """Returns what values the loss allows."""
+    hints = typing.get_type_hints(self.fn, include_extras=True)
+    return hints[hyperparameter].__metadata__[0]
+
+
+LOSSES: dict[str, Loss] = {}
+
+
+def register(
+  *,
+  honours: frozenset[str],
+  needs_reference: bool = True,
+  inputs: str = "pairs",
+  looks_across_batch: bool = False,
+) -> Callable[[Any], Any]:
+  """Returns a decorator that adds a loss to `LOSSES` under its own name."""
+
+  def add(fn):
+    parameters = inspect.signature(fn).parameters.values()
+    LOSSES[fn.__name__] = Loss(
+      name=fn.__name__,
+      fn=fn,
+      hyperparameters=tuple(
+        p.name for p in parameters if p.kind is p.KEYWORD_ONLY
+      ),
+      needs_reference=needs_reference,
+      inputs=inputs,
+      looks_across_batch=looks_across_batch,
+      honours=honours,
+    )
+    return fn
+
+  return add
+
+
+def find(name: str) -> Loss:
+  """Returns the loss of that name.
+
+  Raises:
+    ValueError: there is none; the message names the nearest.
+  """
+  if name in LOSSES:
+    return LOSSES[name]
+  nearest = difflib.get_close_matches(str(name), LOSSES, n=1)
+  hint = f", did you mean {nearest[0]!r}?" if nearest else ""
+  raise ValueError(
+    f"unknown loss {name!r}; known: {', '.join(sorted(LOSSES))}{hint}"
+  )
+
+
+def check_hyperparameters(
+  loss: Loss, hyperparameters: Mapping[str, float]
+) -> None:
+  """Raises ValueError unless these are the loss's, each in its range."""
+  for key in hyperparameters:
+    if key not in loss.hyperparameters:
+      honouring = [n for n, x in LOSSES.items() if key in x.hyperparameters]
+      raise does_not_honour(loss, key, honouring)
+  for key in loss.hyperparameters:
+    if key not in hyperparameters:
+      raise ValueError(f"loss {loss.name!r} needs loss.{key}")
+    check(key, hyperparameters[key], loss.range_of(key))
+
+
+def check(key: str, value: float, allowed: Range) -> None:
+  """Raises ValueError unless loss.key is a number in the range."""
+  if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    raise ValueError(f"loss.{key}={value!r}: must be a number")
+  if not math.isfinite(value):
+    raise ValueError(f"loss.{key}={value:g}: must be finite")
+  if value not in allowed:
+    raise ValueError(f"loss.{key}={value:g}: must be {allowed}")
+
+
+def does_not_honour(loss: Loss, key: str, losses: list[str]) -> ValueError:
+  """Returns the error of an option that a loss would have ignored."""
+  return ValueError(
+    f"loss {loss.name!r} does not honour loss.{key}; losses that do:"
+    f" {', '.join(sorted(losses)) or 'none'}"
+  )
