@@ -1,0 +1,218 @@
+"""Tokens of pairs in an Arrow cache, memory-mapped.
+
+A cache is a folder `<hash>` of a Hugging Face `Dataset` and a `report.json`.
+The hash covers the content of the data, the tokenizer, the lengths and
+`CACHE_VERSION`, so a cache never goes stale; it may be deleted at any time.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from absl import logging
+
+from dpo_jax.data import examples, tokenize
+from dpo_jax.data.packing import PairTokens, Ragged
+
+# To be raised with any change of what a row is tokenised to.
+CACHE_VERSION = 1
+COLUMNS = ("prompt", "chosen", "rejected")
+REPORT = "report.json"
+
+
+class TokenDataset:
+  """Token ids of n pairs, read in place from an Arrow table.
+
+  `lengths` is i32[n,3], the tokens of prompt, chosen and rejected; a
+  demonstration has an empty `rejected`. `report` says what became of the rows
+  that these come from.
+  """
+
+  def __init__(self, table: pa.Table, report: tokenize.Report):
+    """Takes a table of int32 lists, columns `COLUMNS`; copies no token."""
+    self.report = report
+    self._columns = [_Column(table.column(name)) for name in COLUMNS]
+    lengths = [column.lengths for column in self._columns]
+    self.lengths = np.stack(lengths, 1).astype(np.int32)
+
+  @classmethod
+  def from_lists(
+    cls,
+    prompt: Sequence[Sequence[int]],
+    chosen: Sequence[Sequence[int]],
+    rejected: Sequence[Sequence[int]],
+  ) -> "TokenDataset":
+    """Returns the dataset of lists of token ids, one list a pair."""
+    kind = pa.list_(pa.int32())
+    columns = [pa.array(x, kind) for x in (prompt, chosen, rejected)]
+    table = pa.table(columns, names=COLUMNS)
+    return cls(table, tokenize.Report(len(prompt), len(prompt)))
+
+  def take(self, indices: np.ndarray) -> PairTokens:
+    """Returns the tokens of some pairs, in the order asked for."""
+    return PairTokens(*(column.take(indices) for column in self._columns))
+
+
+class _Column:
+  """One column of token lists: views of its chunks, and where lists start."""
+
+  def __init__(self, column: pa.ChunkedArray):
+    self._values, chunks, starts, lengths = [], [], [], []
+    for number, chunk in enumerate(column.chunks):
+      # `values` is not cut to a sliced chunk; `offsets` is, and points into it.
+      offsets = chunk.offsets.to_numpy().astype(np.int64)
+      self._values.append(chunk.values.to_numpy(zero_copy_only=True))
+      chunks.append(np.full(len(chunk), number, np.int32))
+      starts.append(offsets[:-1])
+      lengths.append(np.diff(offsets))
+    self._chunk = np.concatenate([np.zeros(0, np.int32), *chunks])
+    self._start = np.concatenate([np.zeros(0, np.int64), *starts])
+    self.lengths = np.concatenate([np.zeros(0, np.int64), *lengths])
+
+  def take(self, indices: np.ndarray) -> Ragged:
+    start, lengths = self._start[indices], self.lengths[indices]
+    lists = [
+      self._values[chunk][first : first + length]
+      for chunk, first, length in zip(
+        self._chunk[indices], start, lengths, strict=True
+      )
+    ]
+    values = np.concatenate([np.zeros(0, np.int32), *lists])
+    return Ragged(values, np.concatenate([[0], np.cumsum(lengths)]))
+
+
+def load(
+  cache_dir: str | os.PathLike,
+  *,
+  source: str,
+  path: str,
+  split: str,
+  tokenizer: tokenize.Tokenizer,
+  inputs: str,
+  max_length: int,
+  max_prompt_length: int,
+  is_builder: bool = True,
+  barrier: Callable[[], None] = lambda: None,
+) -> TokenDataset:
+  """Returns the tokens of a data set, from its cache, built where missing.
+
+  Args:
+    cache_dir: folder of all caches, seen by every process.
+    source: a name of `examples.SOURCES`.
+    path: what the source reads.
+    split: which part of it.
+    tokenizer: of `tokenize.load_tokenizer`.
+    inputs: `pairs` or `demonstrations`.
+    max_length: tokens in prompt and response together.
+    max_prompt_length: tokens in a prompt.
+    is_builder: whether this process builds; exactly one must.
+    barrier: called once by every process; returns when all have called it.
+
+  Raises:
+    ValueError: the data cannot be read, or no row of it is kept.
+  """
+  settings = {
+    "inputs": inputs,
+    "max_length": max_length,
+    "max_prompt_length": max_prompt_length,
+  }
+  dataset = None
+  try:
+    key = [
+      CACHE_VERSION,
+      examples.fingerprint(source, path, split),
+      tokenize.fingerprint(tokenizer),
+      settings,
+    ]
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+    folder = pathlib.Path(cache_dir) / name
+    if is_builder:
+      dataset = _open(folder)
+    if is_builder and dataset is None:
+      shutil.rmtree(folder, ignore_errors=True)
+      rows = examples.read(source, path, split=split, inputs=inputs)
+      _write(folder, *_tokenize(rows, path, tokenizer, settings))
+  finally:
+    barrier()  # also on an error, or the others would wait for ever
+  dataset = dataset or _open(folder)
+  if dataset is None:
+    raise ValueError(
+      f"{path!r}: the building process left no cache at {folder}"
+    )
+  return dataset
+
+
+def _tokenize(
+  rows: Iterator[dict],
+  path: str,
+  tokenizer: tokenize.Tokenizer,
+  settings: dict[str, Any],
+) -> tuple[PairTokens, tokenize.Report]:
+  """Returns tokens and report; at least one row is kept."""
+  tokens, report = tokenize.tokenize(rows, tokenizer, **settings)
+  if report.kept == 0:
+    reasons = (f"{reason} ({n})" for reason, n in report.dropped.items())
+    raise ValueError(
+      f"{path!r}: none of {report.read} rows is kept: {', '.join(reasons)}"
+    )
+  return tokens, report
+
+
+def _write(
+  folder: pathlib.Path, tokens: PairTokens, report: tokenize.Report
+) -> None:
+  """Writes a cache, whole or not at all."""
+  partial = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
+  partial.mkdir(parents=True)
+  try:
+    arrays = [
+      pa.LargeListArray.from_arrays(pa.array(x.offsets), pa.array(x.values))
+      for x in tokens
+    ]
+    table = pa.table(arrays, names=COLUMNS)
+    datasets.disable_progress_bars()
+    datasets.Dataset(table).save_to_disk(partial)
+    written = dataclasses.asdict(report) | {"sha256": _checksum(partial)}
+    (partial / REPORT).write_text(json.dumps(written, indent=2) + "\n")
+    try:
+      partial.rename(folder)
+    except OSError:
+      if not folder.exists():  # else another run was faster
+        raise
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _open(folder: pathlib.Path) -> TokenDataset | None:
+  """Returns the dataset of a cache; None where it is missing or damaged."""
+  if not folder.exists():
+    return None
+  try:
+    written = json.loads((folder / REPORT).read_text())
+    if written.pop("sha256") != _checksum(folder):
+      raise ValueError("its content has changed")
+    table = datasets.load_from_disk(folder).data.table
+    return TokenDataset(table, tokenize.Report(**written))
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    logging.warning("Token cache %s is damaged: %s", folder, error)
+    return None
+
+
+def _checksum(folder: pathlib.Path) -> str:
+  """Returns a hash of all files of a cache but its report."""
+  digest = hashlib.sha256()
+  for path in sorted(folder.iterdir()):
+    if path.name != REPORT:
+      with path.open("rb") as file:
+        digest.update(path.name.encode())
+        digest.update(hashlib.file_digest(file, "sha256").digest())
+  return digest.hexdigest()

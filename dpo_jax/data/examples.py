@@ -1,0 +1,227 @@
+"""Examples: a prompt and its responses, as text or as chat messages.
+
+An example is a dict of `prompt, chosen, rejected` (a pair), of `prompt,
+response` (a demonstration), or of `dropped`, the reason why a row gives none.
+Prompt and responses are strings, or lists of {role, content} messages.
+
+A new source is one module with a function `read(path, split)` that yields
+rows, and one line in `SOURCES`. Its rows may have any of these columns:
+
+  prompt, chosen, rejected   a pair
+  chosen, rejected           a pair of whole dialogues: transcripts that are
+                             split like `hh`, or messages, of which the shared
+                             leading ones are the prompt
+  prompt, response           a demonstration
+  messages                   a demonstration whose response is the last one
+  text                       a demonstration with an empty prompt
+
+Where demonstrations are asked for, the response of a pair is `chosen`. Other
+columns are not looked at.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from dpo_jax.data import hh, hub, jsonl, synthetic
+
+SOURCES = {"hh": hh, "hub": hub, "jsonl": jsonl, "synthetic": synthetic}
+INPUTS = ("pairs", "demonstrations")
+PROMPTS_DIFFER = "prompts differ"
+
+Text = str | list[dict[str, Any]]
+
+
+def read(source: str, path: str, *, split: str, inputs: str) -> Iterator[dict]:
+  """Yields the example of each row, in order.
+
+  Args:
+    source: a name of `SOURCES`.
+    path: a file, or what else the source takes.
+    split: which part; not looked at for a local file.
+    inputs: `pairs` or `demonstrations`.
+
+  Raises:
+    ValueError: an unknown source, a path that cannot be read or is empty, a
+      row without the columns asked for, a column of another type.
+  """
+  if inputs not in INPUTS:
+    raise ValueError(f"unknown inputs {inputs!r}; known: {', '.join(INPUTS)}")
+  make_example = _make_pair if inputs == "pairs" else _make_demonstration
+  number = 0
+  for number, row in enumerate(_rows(source, path, split), 1):
+    is_line = ".jsonl" in os.path.basename(path)
+    where = f"{path}, {'line' if is_line else 'row'} {number}"
+    yield make_example(row, where)
+  if number == 0:
+    raise ValueError(f"{path!r} is empty")
+
+
+def fingerprint(source: str, path: str, split: str) -> str:
+  """Returns a hash of what `read` would read: of the file, or of the rows."""
+  digest = hashlib.sha256(source.encode())
+  if os.path.isfile(path):
+    digest.update(os.path.basename(path).partition(".")[2].encode())
+    with open(path, "rb") as file:
+      digest.update(hashlib.file_digest(file, "sha256").digest())
+  else:
+    for row in _rows(source, path, split):
+      digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+  return digest.hexdigest()
+
+
+def _rows(source: str, path: str, split: str) -> Iterator[dict]:
+  if source not in SOURCES:
+    known = ", ".join(SOURCES)
+    raise ValueError(f"unknown data source {source!r}; known: {known}")
+  return SOURCES[source].read(path, split)
+
+
+def _make_pair(row: dict, where: str) -> dict:
+  """Returns the pair of a row."""
+  chosen = _get_text(row, "chosen", where)
+  rejected = _get_text(row, "rejected", where)
+  if isinstance(chosen, str) != isinstance(rejected, str):
+    raise ValueError(
+      f"{where}: column 'chosen' is {_kind(chosen)}, column 'rejected' is"
+      f" {_kind(rejected)}; allowed: both strings or both messages"
+    )
+  prompt = _get_text(row, "prompt", where) if "prompt" in row else None
+  if isinstance(chosen, str):
+    if prompt is None:
+      return _split_strings(chosen, rejected, where)
+    if not isinstance(prompt, str):
+      chosen, rejected = _as_response(chosen), _as_response(rejected)
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+  return _split_messages(prompt, chosen, rejected, where)
+
+
+def _split_strings(chosen: str, rejected: str, where: str) -> dict:
+  """Returns the pair of two transcripts."""
+  for name, text in (("chosen", chosen), ("rejected", rejected)):
+    if hh.ASSISTANT not in text:
+      raise ValueError(
+        f"{where}: no column 'prompt', and column {name!r} holds no"
+        f" {hh.ASSISTANT!r} to split it at; allowed: a column 'prompt', or"
+        " transcripts"
+      )
+  parts = hh.split_transcripts(chosen, rejected)
+  if parts is None:
+    return {"dropped": PROMPTS_DIFFER}
+  return dict(zip(("prompt", "chosen", "rejected"), parts, strict=True))
+
+
+def _split_messages(
+  prompt: Text | None, chosen: list, rejected: list, where: str
+) -> dict:
+  """Returns the pair of two lists of messages.
+
+  A string prompt that stands beside whole dialogues (as in UltraFeedback) is
+  in them already; beside lone responses it is the user's message.
+  """
+  if isinstance(prompt, list):
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+  shared = 0
+  for ours, theirs in zip(chosen[:-1], rejected[:-1], strict=False):
+    if ours != theirs:
+      break
+    shared += 1
+  roles = (chosen[shared]["role"], rejected[shared]["role"])
+  if roles != ("assistant", "assistant"):
+    return {"dropped": PROMPTS_DIFFER}
+  if shared:
+    prompt, chosen, rejected = (
+      chosen[:shared],
+      chosen[shared:],
+      rejected[shared:],
+    )
+  elif prompt is not None:
+    prompt = [{"role": "user", "content": prompt}]
+  else:
+    raise ValueError(
+      f"{where}: no column 'prompt', and 'chosen' and 'rejected' begin with"
+      " the assistant; allowed: a column 'prompt', or whole dialogues"
+    )
+  return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _make_demonstration(row: dict, where: str) -> dict:
+  """Returns the demonstration of a row."""
+  if "response" in row:
+    prompt = _get_text(row, "prompt", where)
+    response = _get_text(row, "response", where)
+    if isinstance(prompt, str) and not isinstance(response, str):
+      prompt = [{"role": "user", "content": prompt}]
+    elif isinstance(response, str) and not isinstance(prompt, str):
+      response = _as_response(response)
+    return {"prompt": prompt, "response": response}
+  if "chosen" in row:
+    pair = _make_pair(row, where)
+    if "dropped" in pair:
+      return pair
+    return {"prompt": pair["prompt"], "response": pair["chosen"]}
+  if "messages" in row:
+    messages = _get_text(row, "messages", where)
+    is_dialogue = isinstance(messages, list) and len(messages) > 1
+    if not is_dialogue or messages[-1]["role"] != "assistant":
+      raise ValueError(
+        f"{where}: column 'messages' must be a list of two messages or more,"
+        " the last by the assistant"
+      )
+    return {"prompt": messages[:-1], "response": messages[-1:]}
+  if "text" in row:
+    text = _get_text(row, "text", where)
+    if not isinstance(text, str):
+      raise ValueError(
+        f"{where}: column 'text' is {_kind(text)}; allowed: a string"
+      )
+    return {"prompt": "", "response": text}
+  raise ValueError(
+    f"{where}: no column 'response'; columns: {', '.join(row)}; allowed:"
+    " prompt and response, chosen and rejected, messages, or text"
+  )
+
+
+def _get_text(row: dict, name: str, where: str) -> Text:
+  """Returns a column, checked to be a string or messages."""
+  if name not in row:
+    raise ValueError(
+      f"{where}: no column {name!r}; columns: {', '.join(row) or 'none'}"
+    )
+  value = row[name]
+  if isinstance(value, str):
+    return value
+  is_messages = isinstance(value, list) and len(value) > 0
+  if not is_messages or not all(map(_is_message, value)):
+    raise ValueError(
+      f"{where}: column {name!r} is {_kind(value)}; allowed: a string, or a"
+      " list of {role, content} messages"
+    )
+  return value
+
+
+def _is_message(value: Any) -> bool:
+  return isinstance(value, dict) and all(
+    isinstance(value.get(key), str) for key in ("role", "content")
+  )
+
+
+def _kind(value: Any) -> str:
+  """Returns what a value is, in words for an error line."""
+  if isinstance(value, list) and value and all(map(_is_message, value)):
+    return "messages"
+  names = {
+    str: "a string",
+    type(None): "null",
+    list: "a list",
+    dict: "an object",
+  }
+  text = json.dumps(value, default=str)
+  text = text if len(text) <= 40 else text[:37] + "..."
+  return f"{names.get(type(value), type(value).__name__)} ({text})"
+
+
+def _as_response(text: str) -> list[dict[str, Any]]:
+  return [{"role": "assistant", "content": text}]

@@ -1,0 +1,202 @@
+"""The Arrow cache: found again, keyed by content, rebuilt when damaged."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from dpo_jax.data import dataset, tokenize
+
+PAIRS = [
+  {"prompt": "p" * (n + 1), "chosen": "c" * n, "rejected": "r" * (5 - n)}
+  for n in range(5)
+]
+
+
+@pytest.fixture
+def load(tmp_path, write_lines, tokenizer):
+  """Returns a function that loads `PAIRS` through a cache."""
+
+  def load_pairs(rows=PAIRS, **kwargs):
+    settings = {
+      "source": "jsonl",
+      "path": write_lines(*rows),
+      "split": "",
+      "tokenizer": tokenizer,
+      "inputs": "pairs",
+      "max_length": 99,
+      "max_prompt_length": 50,
+    }
+    return dataset.load(tmp_path / "cache", **(settings | kwargs))
+
+  return load_pairs
+
+
+@pytest.fixture
+def count_builds(monkeypatch):
+  """Returns the list of calls to tokenise, as it grows."""
+  calls, tokenize_rows = [], tokenize.tokenize
+
+  def counted(*args, **kwargs):
+    calls.append(kwargs)
+    return tokenize_rows(*args, **kwargs)
+
+  monkeypatch.setattr(tokenize, "tokenize", counted)
+  return calls
+
+
+def folders(tmp_path):
+  return sorted((tmp_path / "cache").iterdir())
+
+
+def as_lists(tokens):
+  return [
+    [c.values[a:b].tolist() for a, b in zip(c.offsets, c.offsets[1:])]
+    for c in tokens
+  ]
+
+
+def test_take_gives_the_pairs_asked_for_in_order(load):
+  tokens = load()
+  everything = as_lists(tokens.take(np.arange(5)))
+  assert as_lists(tokens.take(np.array([3, 0, 3]))) == [
+    [column[i] for i in (3, 0, 3)] for column in everything
+  ]
+  assert as_lists(tokens.take(np.zeros(0, int))) == [[], [], []]
+  lengths = [[len(x) for x in column] for column in everything]
+  np.testing.assert_array_equal(tokens.lengths.T, lengths)
+  assert tokens.lengths.dtype == np.int32
+
+
+def test_tables_of_several_sliced_chunks_read_as_one():
+  lists = [[[10 * i + j] * (j + i % 3) for i in range(9)] for j in (1, 2, 3)]
+  whole = dataset.TokenDataset.from_lists(*lists)
+  kind = pa.list_(pa.int32())
+  table = pa.table([pa.array(x, kind) for x in lists], names=dataset.COLUMNS)
+  parts = [table.slice(0, 2), table.slice(2, 4), table.slice(6)]
+  tokens = dataset.TokenDataset(pa.concat_tables(parts), whole.report)
+  order = np.array([8, 1, 4, 2, 6])
+  assert as_lists(tokens.take(order)) == as_lists(whole.take(order))
+  np.testing.assert_array_equal(tokens.lengths, whole.lengths)
+
+
+def test_tokens_are_read_in_place():
+  values = np.arange(6, dtype=np.int32)
+  lists = pa.ListArray.from_arrays(pa.array([0, 2, 6], pa.int32()), values)
+  table = pa.table([lists] * 3, names=dataset.COLUMNS)
+  tokens = dataset.TokenDataset(table, tokenize.Report())
+  values[3] = 77
+  assert tokens.take(np.array([1])).prompt.values.tolist() == [2, 77, 4, 5]
+
+
+def test_second_load_reads_the_cache(load, count_builds):
+  first, second = load(), load()
+  assert len(count_builds) == 1
+  every = np.arange(5)
+  assert as_lists(first.take(every)) == as_lists(second.take(every))
+  assert first.report == second.report
+  assert second.report.kept == 5
+
+
+def test_cached_tokens_are_memory_mapped(load):
+  before = pa.total_allocated_bytes()
+  tokens = load([PAIRS[1] | {"chosen": "c" * 80}] * 5000)
+  assert tokens.lengths.sum() > 400_000
+  assert pa.total_allocated_bytes() - before < 100_000
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    {"rows": PAIRS[:4]},
+    {"max_length": 98},
+    {"max_prompt_length": 49},
+    {"inputs": "demonstrations"},
+    {"source": "hub"},
+  ],
+  ids=lambda change: next(iter(change)),
+)
+def test_what_matters_makes_another_cache(load, change, tmp_path, monkeypatch):
+  monkeypatch.setattr(dataset.examples.hub, "read", lambda *_: iter(PAIRS))
+  load()
+  load(**change)
+  assert len(folders(tmp_path)) == 2
+
+
+def test_another_tokenizer_makes_another_cache(load, make_tokenizer, tmp_path):
+  load()
+  load(tokenizer=make_tokenizer(bos=True))
+  assert len(folders(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "lost", "report", "empty"])
+def test_damaged_cache_is_rebuilt_and_said(
+  damage, load, tmp_path, count_builds, caplog
+):
+  tokens = load().take(np.arange(5))
+  expected = as_lists(tokens)
+  (folder,) = folders(tmp_path)
+  (arrow,) = folder.glob("*.arrow")
+  content = bytearray(arrow.read_bytes())
+  if damage == "cut":
+    arrow.write_bytes(content[: len(content) // 2])
+  elif damage == "flip":
+    content[content.index(tokens.chosen.values.tobytes())] ^= 1
+    arrow.write_bytes(content)
+  elif damage == "lost":
+    arrow.unlink()
+  elif damage == "report":
+    (folder / "report.json").write_text("{")
+  else:
+    for path in folder.iterdir():
+      path.unlink()
+  with caplog.at_level("WARNING"):
+    assert as_lists(load().take(np.arange(5))) == expected
+  assert len(count_builds) == 2
+  assert "is damaged" in caplog.text
+  assert folders(tmp_path) == [folder]
+
+
+def test_failed_write_leaves_nothing(load, tmp_path, monkeypatch):
+  def fail(*_):
+    raise OSError("disk full")
+
+  monkeypatch.setattr(dataset, "_checksum", fail)
+  with pytest.raises(OSError, match="disk full"):
+    load()
+  assert folders(tmp_path) == []
+
+
+def test_others_wait_for_the_builder(load, tmp_path):
+  """The barrier of a process that does not build lets the builder build."""
+  tokens = load(is_builder=False, barrier=load)
+  assert len(tokens.lengths) == 5
+
+
+def test_builder_that_fails_lets_the_others_go(load):
+  calls = []
+  with pytest.raises(ValueError, match="no column 'rejected'"):
+    load([{"prompt": "p", "chosen": "c"}], barrier=lambda: calls.append(1))
+  assert calls == [1]
+  with pytest.raises(ValueError, match="left no cache"):
+    load(is_builder=False, barrier=lambda: None)
+
+
+def test_no_row_kept_is_refused_with_the_reasons(load, tmp_path):
+  with pytest.raises(ValueError, match=r"none of 5 rows .*: no room .*\(5\)"):
+    load(max_length=1)
+
+
+def test_two_runs_that_build_at_once_agree(load, tmp_path, monkeypatch):
+  """The second builds while the first is about to put its cache in place."""
+  checksum, runs = dataset._checksum, []
+
+  def build_beside(folder):
+    if not runs:
+      runs.append(None)
+      runs.append(load())
+    return checksum(folder)
+
+  monkeypatch.setattr(dataset, "_checksum", build_beside)
+  tokens = load()
+  np.testing.assert_array_equal(tokens.lengths, runs[1].lengths)
+  assert len(folders(tmp_path)) == 1

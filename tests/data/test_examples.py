@@ -1,0 +1,152 @@
+"""Rows of every kind become examples, or a line that says what is wrong."""
+
+import pytest
+
+from dpo_jax.data import examples
+
+USER = {"role": "user", "content": "u"}
+OTHER = {"role": "user", "content": "v"}
+GOOD = {"role": "assistant", "content": "g"}
+BAD = {"role": "assistant", "content": "b"}
+ASK = "\n\nHuman: Hi\n\nAssistant:"
+
+
+@pytest.fixture
+def read(write_lines):
+  """Returns a function from rows to examples."""
+
+  def read_rows(*rows, inputs="pairs"):
+    path = write_lines(*rows)
+    return list(examples.read("jsonl", path, split="", inputs=inputs))
+
+  return read_rows
+
+
+@pytest.mark.parametrize(
+  "row, expected",
+  [
+    # Strings.
+    (("p", "c", "r"), ("p", "c", "r")),
+    ((None, ASK + " c", ASK + " r"), (ASK, " c", " r")),
+    (("p", ASK, "r"), ("p", ASK, "r")),
+    # Messages.
+    (([USER], [GOOD], [BAD]), ([USER], [GOOD], [BAD])),
+    (([USER], "g", "b"), ([USER], [GOOD], [BAD])),
+    ((None, [USER, GOOD], [USER, BAD]), ([USER], [GOOD], [BAD])),
+    ((None, [USER, GOOD], [USER, GOOD]), ([USER], [GOOD], [GOOD])),
+    (
+      (None, [USER, GOOD, USER, GOOD], [USER, GOOD, USER, BAD]),
+      ([USER, GOOD, USER], [GOOD], [BAD]),
+    ),
+    # A string prompt beside messages.
+    (("u", [USER, GOOD], [USER, BAD]), ([USER], [GOOD], [BAD])),
+    (("u", [GOOD], [BAD]), ([USER], [GOOD], [BAD])),
+  ],
+)
+def test_pair(row, expected, read):
+  names = ("prompt", "chosen", "rejected")
+  row = {k: v for k, v in zip(names, row) if v is not None}
+  assert read(row | {"other": 3}) == [dict(zip(names, expected))]
+
+
+def test_pairs_whose_prompts_differ_are_dropped(read):
+  rows = [
+    {"chosen": ASK + " a", "rejected": "No" + ASK + " a"},
+    {"chosen": [USER, GOOD], "rejected": [OTHER, BAD]},
+    {"chosen": [USER, GOOD], "rejected": [USER, OTHER, BAD]},
+  ]
+  assert read(*rows) == [{"dropped": "prompts differ"}] * 3
+
+
+@pytest.mark.parametrize(
+  "row, prompt, response",
+  [
+    ({"prompt": "p", "response": "r"}, "p", "r"),
+    ({"prompt": [USER], "response": "g"}, [USER], [GOOD]),
+    ({"prompt": "u", "response": [GOOD]}, [USER], [GOOD]),
+    ({"messages": [USER, BAD, USER, GOOD]}, [USER, BAD, USER], [GOOD]),
+    ({"text": "t"}, "", "t"),
+    ({"prompt": "p", "chosen": "c", "rejected": "r"}, "p", "c"),
+    ({"chosen": [USER, GOOD], "rejected": [USER, BAD]}, [USER], [GOOD]),
+  ],
+)
+def test_demonstration(row, prompt, response, read):
+  expected = {"prompt": prompt, "response": response}
+  assert read(row, inputs="demonstrations") == [expected]
+
+
+GOOD_PAIR = {"prompt": "p", "chosen": "c", "rejected": "r"}
+
+
+@pytest.mark.parametrize(
+  "row, message",
+  [
+    (
+      {"prompt": "p", "chosen": "c"},
+      "no column 'rejected'; columns: prompt, c",
+    ),
+    (GOOD_PAIR | {"chosen": 3.5}, r"column 'chosen' is float \(3.5\); allowed"),
+    (GOOD_PAIR | {"prompt": None}, r"'prompt' is null \(null\)"),
+    (GOOD_PAIR | {"chosen": []}, r"'chosen' is a list \(\[\]\)"),
+    (GOOD_PAIR | {"prompt": []}, r"'prompt' is a list \(\[\]\)"),
+    (GOOD_PAIR | {"chosen": [{"role": "user"}]}, "'chosen' is a list"),
+    (GOOD_PAIR | {"chosen": [GOOD]}, "'chosen' is messages, .* is a string"),
+    (
+      {"chosen": "c", "rejected": "r"},
+      "no column 'prompt', and column 'chosen'",
+    ),
+    ({"chosen": [GOOD], "rejected": [BAD]}, "begin with the assistant"),
+  ],
+)
+def test_wrong_pair_names_line_column_and_what_is_allowed(row, message, read):
+  with pytest.raises(
+    ValueError, match=f"pairs.jsonl, line 2: .*{message}"
+  ) as e:
+    read(GOOD_PAIR, row)
+  assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+  "row, message",
+  [
+    ({"response": "r"}, "no column 'prompt'; columns: response"),
+    (
+      {"prompt": "p"},
+      "no column 'response'; columns: prompt; allowed: .* text",
+    ),
+    ({"text": 1}, "'text' is int"),
+    ({"text": [USER]}, "'text' is messages; allowed: a string"),
+    ({"messages": [GOOD]}, "two messages or more"),
+    ({"messages": [USER, OTHER]}, "the last by the assistant"),
+  ],
+)
+def test_wrong_demonstration_is_refused(row, message, read):
+  with pytest.raises(ValueError, match=f"pairs.jsonl, line 1: .*{message}"):
+    read(row, inputs="demonstrations")
+
+
+def test_wrong_source_and_inputs_and_empty_file_are_refused(write_lines):
+  path = write_lines()
+  for source, inputs, message in (
+    ("jsonl", "pairs", "pairs.jsonl' is empty"),
+    ("json", "pairs", "unknown data source 'json'; known: hh, hub, jsonl, syn"),
+    ("jsonl", "pear", "unknown inputs 'pear'; known: pairs, demonstrations"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      list(examples.read(source, path, split="", inputs=inputs))
+
+
+def test_fingerprint_follows_content_and_not_place(write_lines):
+  def fingerprint(*rows, name="a.jsonl", source="jsonl"):
+    return examples.fingerprint(source, write_lines(*rows, name=name), "")
+
+  assert fingerprint({"a": 1}) == fingerprint({"a": 1}, name="b.jsonl")
+  assert fingerprint({"a": 1}) != fingerprint({"a": 2})
+  assert fingerprint({"a": 1}) != fingerprint({"a": 1}, source="hh")
+
+
+def test_fingerprint_without_a_file_follows_the_rows():
+  one, two, again = (
+    examples.fingerprint("synthetic", f"pairs:{n}", "train") for n in (3, 4, 3)
+  )
+  assert one == again != two

@@ -1,0 +1,252 @@
+"""Special tokens once, truncation exactly at the limit, and the report."""
+
+import json
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from dpo_jax.data import tokenize
+
+USER = {"role": "user", "content": "u"}
+GOOD = {"role": "assistant", "content": "g"}
+
+
+def pair(prompt, chosen, rejected):
+  return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def run(rows, tokenizer, inputs="pairs", max_length=99, max_prompt_length=50):
+  """Returns the texts of prompt, chosen and rejected of pairs; the report."""
+  tokens, report = tokenize.tokenize(
+    rows,
+    tokenizer,
+    inputs=inputs,
+    max_length=max_length,
+    max_prompt_length=max_prompt_length,
+  )
+  columns = [
+    [tokenizer.decode(c.values[a:b]) for a, b in zip(c.offsets, c.offsets[1:])]
+    for c in tokens
+  ]
+  return list(zip(*columns)), report
+
+
+def test_prompt_and_response_are_tokenised_apart(shared_dir):
+  path = str(shared_dir / "data/tokenizers/gpt2_tokenizer.json")
+  tokenizer = tokenize.load_tokenizer(path)
+  tokens, _ = tokenize.tokenize(
+    [pair("Hello wor", "ld", " world")],
+    tokenizer,
+    inputs="pairs",
+    max_length=99,
+    max_prompt_length=50,
+  )
+  (hello, wor), (ld,) = tokenizer.encode("Hello wor"), tokenizer.encode("ld")
+  assert tokens.prompt.values.tolist() == [hello, wor]
+  assert tokens.chosen.values.tolist() == [ld, 50256]
+  assert tokens.rejected.values.tolist() == [995, 50256]
+  assert tokens.prompt.values.dtype == np.int32
+
+
+def test_bos_stands_once_in_front_of_the_prompt_only(make_tokenizer):
+  rows = [pair("p", "c", "r"), pair("<s>p", "c", "r"), pair("", "c", "r")]
+  texts, _ = run(rows, make_tokenizer(bos=True))
+  assert texts == [
+    ("<s>p", "c</s>", "r</s>"),
+    ("<s>p", "c</s>", "r</s>"),
+    ("<s>", "c</s>", "r</s>"),
+  ]
+
+
+def test_empty_prompt_is_eos_without_bos(tokenizer):
+  assert run([pair("", "c", "r")], tokenizer)[0][0][0] == "</s>"
+
+
+def test_eos_ends_each_response_once(tokenizer):
+  rows = [pair("p", "c", "r</s>"), pair("p", "", "r")]
+  assert run(rows, tokenizer)[0] == [
+    ("p", "c</s>", "r</s>"),
+    ("p", "</s>", "r</s>"),
+  ]
+
+
+def test_demonstrations_stand_in_chosen(tokenizer):
+  rows = [{"prompt": "p", "response": "r"}]
+  texts, report = run(rows, tokenizer, inputs="demonstrations")
+  assert texts == [("p", "r</s>", "")]
+  assert report.identical == 0
+  assert report.tokens == {"prompt": 1, "response": 2}
+
+
+def test_prompt_is_cut_on_the_left_exactly_at_the_limit(tokenizer):
+  rows = [pair("abc", "c", "r"), pair("abcd", "c", "r")]
+  texts, report = run(rows, tokenizer, max_prompt_length=3)
+  assert [text[0] for text in texts] == ["abc", "bcd"]
+  assert report.truncated_prompts == 1
+
+
+def test_responses_are_cut_on_the_right_exactly_at_the_limit(tokenizer):
+  rows = [pair("pp", "abc", "abcd")]
+  texts, report = run(rows, tokenizer, max_length=6)
+  assert texts == [("pp", "abc</s>", "abcd")]
+  assert report.truncated_responses == 1
+  texts, report = run(rows, tokenizer, max_length=5)
+  assert texts == [("pp", "abc", "abc")]
+  assert report.truncated_responses == 2
+  assert report.identical == 1
+
+
+def test_pair_without_room_for_a_response_is_dropped_and_counted(tokenizer):
+  rows = [pair("abc", "c", "r"), pair("abcd", "c", "r"), {"dropped": "why"}]
+  texts, report = run(rows, tokenizer, max_length=4)
+  assert texts == [("abc", "c", "r")]
+  assert (report.read, report.kept) == (3, 1)
+  assert report.dropped == {"why": 1, "no room for a response": 1}
+
+
+@hypothesis.settings(
+  suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+)
+@hypothesis.given(
+  st.lists(st.tuples(*[st.text("ab", max_size=9)] * 3), max_size=9),
+  st.integers(1, 12),
+  st.integers(1, 12),
+)
+def test_lengths_never_pass_the_limits(tokenizer, rows, longest, prompt_limit):
+  tokens, report = tokenize.tokenize(
+    [pair(*row) for row in rows],
+    tokenizer,
+    inputs="pairs",
+    max_length=longest,
+    max_prompt_length=prompt_limit,
+  )
+  prompt, chosen, rejected = (np.diff(column.offsets) for column in tokens)
+  assert ((prompt >= 1) & (prompt <= prompt_limit)).all()
+  for response in (chosen, rejected):
+    assert ((response >= 1) & (prompt + response <= longest)).all()
+  assert report.kept == len(prompt)
+  assert report.read == len(rows) == report.kept + sum(report.dropped.values())
+  totals = (prompt.sum(), chosen.sum(), rejected.sum())
+  assert tuple(report.tokens.values()) == totals
+
+
+def test_chunks_change_nothing(tokenizer, monkeypatch):
+  rows = [pair("p" * n, "c" * (n % 7), "r" * (n % 5)) for n in range(20)]
+  whole = run(rows, tokenizer, max_length=9)
+  monkeypatch.setattr(tokenize, "CHUNK_ROWS", 3)
+  assert run(iter(rows), tokenizer, max_length=9) == whole
+
+
+def test_chat_template_writes_special_tokens_once(
+  make_tokenizer, chat_template
+):
+  tokenizer = make_tokenizer(bos=True, template=chat_template)
+  rows = [pair([USER], [GOOD], [GOOD | {"content": "bad"}])]
+  assert run(rows, tokenizer)[0] == [
+    ("<s>[user]u\n[assistant]", "g</s>", "bad</s>")
+  ]
+
+
+def test_no_bos_is_added_to_what_a_template_writes(
+  make_tokenizer, chat_template
+):
+  template = chat_template.replace("{{ bos_token }}", "")
+  tokenizer = make_tokenizer(bos=True, template=template)
+  texts, _ = run([pair([USER], [GOOD], [GOOD])], tokenizer)
+  assert texts[0][0] == "[user]u\n[assistant]"
+
+
+def test_eos_is_appended_where_the_template_ends_a_turn_without_it(
+  make_tokenizer, chat_template
+):
+  template = chat_template.replace("eos_token", "''")
+  tokenizer = make_tokenizer(bos=True, template=template)
+  assert run([pair([USER], [GOOD], [GOOD])], tokenizer)[0] == [
+    ("<s>[user]u\n[assistant]", "g\n</s>", "g\n</s>")
+  ]
+
+
+def test_messages_without_a_usable_template_are_refused(make_tokenizer):
+  rows = [pair([USER], [GOOD], [GOOD])]
+  for template, message in (
+    (None, "has no chat template"),
+    ("{{ messages|length }}", "differently once"),
+    ("{{ raise_exception('no user') }}", "refuses .*no user"),
+  ):
+    with pytest.raises(ValueError, match=message) as error:
+      run(rows, make_tokenizer(template=template))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["max_length", "max_prompt_length"])
+def test_length_below_1_is_refused(name, tokenizer):
+  with pytest.raises(ValueError, match=f"{name}=0: must be at least 1"):
+    run([], tokenizer, **{name: 0})
+
+
+def test_report_is_told_in_lines(tokenizer):
+  rows = [pair("p", "a", "a"), pair("p", "abc", "b"), {"dropped": "why"}]
+  _, report = run(rows, tokenizer)
+  assert tokenize.report_lines(report) == [
+    "         3  rows read",
+    "         2  kept",
+    "         1  dropped: why",
+    "         0  truncated prompts",
+    "         0  truncated responses",
+    "         1  pairs with identical responses (kept)",
+    "       1.0  mean tokens of prompt",
+    "       3.0  mean tokens of chosen",
+    "       2.0  mean tokens of rejected",
+  ]
+
+
+def test_bare_file_and_folder_tokenise_alike(make_tokenizer, tmp_path):
+  tokenizer = make_tokenizer(bos=True)
+  tokenizer.save_pretrained(tmp_path)
+  folder = tokenize.load_tokenizer(str(tmp_path))
+  bare = tokenize.load_tokenizer(str(tmp_path / "tokenizer.json"))
+  rows = [pair("p", "c", "r"), pair("", "c", "r")]
+  assert run(rows, bare)[0] == run(rows, folder)[0] == run(rows, tokenizer)[0]
+
+
+def test_tokenizer_that_cannot_be_used_is_refused(make_tokenizer, tmp_path):
+  make_tokenizer(eos=False).save_pretrained(tmp_path / "no_eos")
+  (tmp_path / "broken.json").write_text("{}")
+  (tmp_path / "empty").mkdir()
+  for path, message in (
+    (tmp_path / "no_eos", "has no end-of-sequence token"),
+    (tmp_path / "no_eos" / "tokenizer.json", "has no end-of-sequence token"),
+    (tmp_path / "broken.json", "no tokenizer at '.*broken.json'"),
+    (tmp_path / "empty", "no tokenizer at '.*empty'"),
+    (tmp_path / "none.json", "no such tokenizer: '.*none.json'"),
+    ("no/such-tokenizer", "no tokenizer at 'no/such-tokenizer'"),
+  ):
+    with pytest.raises(ValueError, match=message) as error:
+      tokenize.load_tokenizer(str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_fingerprint_follows_vocabulary_special_tokens_and_template(
+  make_tokenizer,
+):
+  tokenizer = make_tokenizer()
+  before = tokenize.fingerprint(tokenizer)
+  tokenizer(["a", "bb"], padding=False, truncation=True, max_length=1)
+  assert tokenize.fingerprint(tokenizer) == before
+  others = [make_tokenizer(bos=True), make_tokenizer(template="x")]
+  others.append(make_tokenizer())
+  others[-1].eos_token = "a"
+  assert before not in [tokenize.fingerprint(other) for other in others]
+  assert json.loads(before)
+
+
+@pytest.mark.parametrize(
+  "name, ids", [("gpt2", [15496, 995]), ("neox_20B", [12092, 1533])]
+)
+def test_real_bare_tokenizers_know_their_end(name, ids, shared_dir):
+  path = shared_dir / f"data/tokenizers/{name}_tokenizer.json"
+  tokenizer = tokenize.load_tokenizer(str(path))
+  assert tokenizer.eos_token == "<|endoftext|>"
+  assert tokenize.encode_prompts(tokenizer, ["Hello world"]) == [ids]
