@@ -31,7 +31,10 @@ class DamagedError(Exception):
 
 def fingerprints(tree: Any) -> dict[str, jax.Array]:
   """Returns the fingerprint of every array, u32[], by the path in the tree."""
-  return {name: _fingerprint(x) for name, x in _named_leaves(tree).items()}
+  leaves = _named_leaves(tree)
+  # One program for all: many small ones with collectives, in flight at once,
+  # can wait for each other for ever where devices share few cores.
+  return dict(zip(leaves, _fingerprints(list(leaves.values())), strict=True))
 
 
 def read(path: pathlib.Path, abstract: Any, *, partial: bool = False) -> Any:
@@ -146,6 +149,10 @@ def _abandoned_reads_hushed() -> Iterator[None]:
 
 
 @jax.jit
+def _fingerprints(arrays: list[jax.Array]) -> list[jax.Array]:
+  return [_fingerprint(x) for x in arrays]
+
+
 def _fingerprint(x: jax.Array) -> jax.Array:
   """Returns the sum over elements of bits * (2 * index + 1), modulo 2**32.
 

@@ -40,6 +40,7 @@ class TokenDataset:
   def __init__(self, table: pa.Table, report: tokenize.Report):
     """Takes a table of int32 lists, columns `COLUMNS`; copies no token."""
     self.report = report
+    self._table = table
     self._columns = [_Column(table.column(name)) for name in COLUMNS]
     lengths = [column.lengths for column in self._columns]
     self.lengths = np.stack(lengths, 1).astype(np.int32)
@@ -56,6 +57,10 @@ class TokenDataset:
     columns = [pa.array(x, kind) for x in (prompt, chosen, rejected)]
     table = pa.table(columns, names=COLUMNS)
     return cls(table, tokenize.Report(len(prompt), len(prompt)))
+
+  def head(self, count: int) -> "TokenDataset":
+    """Returns the first pairs only; the report stays that of all rows."""
+    return TokenDataset(self._table.slice(0, count), self.report)
 
   def take(self, indices: np.ndarray) -> PairTokens:
     """Returns the tokens of some pairs, in the order asked for."""

@@ -276,10 +276,12 @@ def sft_sum(pairs: PairLogps) -> Logps:
   return -pairs.policy_chosen
 
 
-@registry.register(honours=_NONE, needs_reference=False)
+@registry.register(
+  honours=_NONE, needs_reference=False, inputs="demonstrations"
+)
 @typed
 def preferred_ft(pairs: PairLogps) -> Logps:
-  """Returns `sft` on the chosen responses of pairs.
+  """Returns `sft`, whose demonstrations are the chosen responses of pairs.
 
   Rafailov et al. 2023 (arXiv 2305.18290), sec 6, Preferred-FT.
   """

@@ -1,0 +1,94 @@
+"""Every key, its default and its unit. Other configs change some of them.
+
+`None` stands for "not given": the loss, optimizer or tokenizer then takes its
+own value. Nothing is ignored: a key that the chosen loss or optimizer cannot
+honour is an error.
+"""
+
+from ml_collections import config_dict
+
+placeholder = config_dict.placeholder
+
+
+def get_config() -> config_dict.ConfigDict:
+  """Returns the defaults of Rafailov et al. 2023, appendix B."""
+  config = config_dict.ConfigDict()
+  config.seed = 0  # shuffling and random initialisation
+  config.steps = 0  # updates; above 0 it wins over `epochs`
+  config.epochs = 1  # passes over the pairs; the last batch may wrap around
+  config.batch_size = 64  # pairs (or demonstrations) in an update
+  # Rows that are in memory at once; 0: one per device that splits rows.
+  config.microbatch_rows = 0
+
+  config.data = config_dict.ConfigDict()
+  config.data.source = "jsonl"  # hh, jsonl, hub, synthetic
+  config.data.path = ""  # file, hub name, or what the source takes
+  config.data.split = "train"  # of a hub dataset
+  config.data.eval_path = ""  # empty: no evaluation
+  config.data.eval_split = "test"
+  config.data.shuffle = True  # False: file order
+  config.data.max_length = 512  # tokens of prompt and one response
+  config.data.max_prompt_length = 256  # tokens
+  # Tokens in a row; 0: the multiple of 128 that suits the longest pair.
+  config.data.row_length = 0
+  config.data.layout = "mirrored"  # mirrored, padded (two sequences a pair)
+  config.data.cache_dir = ""  # empty: ~/.cache/dpo_jax
+
+  config.model = config_dict.ConfigDict()
+  config.model.path = ""  # Hugging Face folder, hub name or run folder
+  config.model.preset = ""  # random initialisation instead of a path
+  config.model.tokenizer = ""  # folder, file or hub name; empty: as `path`
+  config.model.dtype = "auto"  # of matmuls; auto: bfloat16, float32 on CPU
+  config.model.param_dtype = "float32"  # of the master weights
+  config.model.remat = "none"  # none, dots, full
+  config.model.logprob_chunk = 128  # scored positions a row that meet V at once
+
+  config.loss = config_dict.ConfigDict()
+  config.loss.name = "dpo"  # a name of configs/losses.py
+  config.loss.beta = placeholder(float)  # strength of the reference, > 0
+  config.loss.label_smoothing = placeholder(float)  # in [0, 1/2)
+  config.loss.tau = placeholder(float)  # discopop: temperature
+  config.loss.alpha = placeholder(float)  # unlikelihood: weight, in [0, 1]
+  config.loss.f_divergence = "reverse_kl"  # forward_kl, js, alpha
+  config.loss.f_alpha = placeholder(float)  # of f_divergence alpha, not 1
+  config.loss.ld_alpha = 1.0  # weight of tokens past the shorter response
+  config.loss.wpo = False  # weight pairs by the policy's own probability
+  config.loss.sft_weight = 0.0  # weight of the chosen responses' token mean NLL
+
+  config.reference = config_dict.ConfigDict()
+  # live: frozen, in the same program; none. A loss without a reference
+  # never traces one.
+  config.reference.mode = "live"
+  config.reference.path = ""  # empty: the policy as it starts
+  config.reference.dtype = "auto"  # auto: as model.dtype
+
+  config.optimizer = config_dict.ConfigDict()
+  config.optimizer.name = "rmsprop"  # rmsprop, adamw, adafactor, lion
+  config.optimizer.learning_rate = 1e-6
+  config.optimizer.schedule = (
+    "constant"  # after warm-up: constant, linear, cosine
+  )
+  config.optimizer.warmup_steps = 150  # updates, linear
+  config.optimizer.b1 = placeholder(float)
+  config.optimizer.b2 = placeholder(float)  # rmsprop: the decay
+  config.optimizer.eps = placeholder(float)
+  config.optimizer.weight_decay = placeholder(float)
+  config.optimizer.clip = 10.0  # global gradient norm; 0: none
+
+  config.mesh = config_dict.ConfigDict()  # devices; -1: the rest
+  config.mesh.data = 1
+  config.mesh.fsdp = -1
+  config.mesh.tensor = 1
+
+  config.checkpoint = config_dict.ConfigDict()
+  config.checkpoint.every = 0  # updates; the end is always saved
+  config.checkpoint.keep = 2  # the last ones; the best is kept as well
+
+  config.eval = config_dict.ConfigDict()
+  config.eval.every = 0  # updates; the end is always evaluated
+  config.eval.pairs = 0  # of the evaluation file, from its start; 0: all
+
+  config.log = config_dict.ConfigDict()
+  config.log.every = 1  # updates
+  config.log.wandb_project = ""  # empty: no wandb
+  return config

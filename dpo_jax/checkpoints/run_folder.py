@@ -1,0 +1,82 @@
+"""What a run folder says of itself: its config, and the model it trains.
+
+config.json    every key of the config
+model/         the decoder's config.json in Hugging Face format, tokenizer
+checkpoints/   see `manager`
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+MODEL_FOLDER = "model"
+# What may differ when a run is taken up again.
+MUTABLE_KEYS = (
+  "steps",
+  "epochs",
+  "microbatch_rows",
+  "data.cache_dir",
+  "mesh",
+  "checkpoint",
+  "eval",
+  "log",
+)
+
+
+def check_config(
+  workdir: str | os.PathLike[str], config: Mapping[str, Any]
+) -> None:
+  """Checks that a run of this config may start or go on in the folder.
+
+  Raises:
+    ValueError: it holds a run of another config; the message says what
+      differs.
+  """
+  path = pathlib.Path(workdir) / "config.json"
+  if not path.exists():
+    return
+  try:
+    before = _fixed(json.loads(path.read_text()))
+  except ValueError as error:
+    raise ValueError(f"{path} is not JSON: {error}") from error
+  now = _fixed(config)
+  changed = [
+    f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
+    for key in sorted(before.keys() | now.keys())
+    if before.get(key) != now.get(key)
+  ]
+  if changed:
+    raise ValueError(
+      f"{workdir} holds a run of another config: {'; '.join(changed)}; give"
+      " another --workdir"
+    )
+
+
+def write_config(
+  workdir: str | os.PathLike[str], config: Mapping[str, Any]
+) -> None:
+  """Writes config.json, whole or not at all."""
+  path = pathlib.Path(workdir) / "config.json"
+  part = path.with_suffix(".part")
+  part.write_text(json.dumps(config, indent=2) + "\n")
+  part.replace(path)
+
+
+def _fixed(tree: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns dotted keys and values, without those that may differ."""
+  is_mutable = lambda key: any(
+    (key + ".").startswith(mutable + ".") for mutable in MUTABLE_KEYS
+  )
+  return {k: v for k, v in _flatten(tree).items() if not is_mutable(k)}
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  flat = {}
+  for key, value in tree.items():
+    if isinstance(value, Mapping):
+      flat |= _flatten(value, f"{prefix}{key}.")
+    else:
+      flat[prefix + key] = value
+  return flat

@@ -1,0 +1,51 @@
+"""Held-out preference metrics over every pair, none dropped."""
+
+from collections.abc import Callable, Iterable
+
+import jax
+import numpy as np
+
+from dpo_jax.training import state, steps
+from dpo_jax.types import Batch, Params
+
+
+def evaluate(
+  scorer: steps.Scorer,
+  score_step: Callable[[Params, Params | None, Batch], steps.PairScores],
+  batches: Iterable[Batch],
+  train_state: state.TrainState,
+) -> dict[str, float]:
+  """Returns the metrics of all pairs, as if they were one batch.
+
+  A loss that looks across the batch looks across all of them, and a token
+  mean is taken over all their tokens.
+
+  Args:
+    scorer: the loss.
+    score_step: jitted `steps.make_score_step(scorer)`.
+    batches: batches on the device; empty pair slots are left out.
+    train_state: holds policy and reference.
+
+  Returns:
+    The keys of `preference_metrics`, `num_pairs`, and
+    `rewards/accuracies_stderr`, the binomial standard error.
+  """
+  scores, lengths = [], []
+  for batch in batches:
+    result = score_step(train_state.params, train_state.reference, batch)
+    scores.append(jax.device_get(result))
+    lengths.append(jax.device_get(batch.lengths))
+  lengths = np.concatenate(lengths)
+  used = lengths[:, 0] > 0
+  lengths = lengths[used]
+  scores = jax.tree.map(lambda *x: np.concatenate(x)[used], *scores)
+  losses = scorer.losses(scores, lengths)
+  result = jax.device_get(scorer.metrics(scores, losses, lengths))
+  result = {name: float(value) for name, value in result.items()}
+  result["num_pairs"] = len(lengths)
+  if "rewards/accuracies" in result:
+    accuracy = result["rewards/accuracies"]
+    result["rewards/accuracies_stderr"] = float(
+      np.sqrt(accuracy * (1 - accuracy) / len(lengths))
+    )
+  return result

@@ -1,0 +1,315 @@
+"""From a config to an experiment: the one place that reads a ConfigDict."""
+
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dpo_jax import sharding
+from dpo_jax.checkpoints import source
+from dpo_jax.data import dataset, loader, synthetic, tokenize
+from dpo_jax.losses import preference
+from dpo_jax.models import config as model_config
+from dpo_jax.models import transformer
+from dpo_jax.training import loop, optimizers, state, steps
+from dpo_jax.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """Everything that a run needs, built from its config.
+
+  Attributes:
+    settings: the whole config as plain data, to be kept and shown.
+    mesh: all devices.
+    tokenizer: the policy's.
+    scorer: policy, reference and loss.
+    shardings: the layout of each parameter of the policy.
+    load_policy: returns the policy before the first update.
+    load_reference: returns the reference's parameters, given the policy's.
+    optimizer: clips and updates.
+    learning_rate: as a function of the updates done.
+    loader: the training batches.
+    eval_loader: the batches of the held-out pairs, if there are any.
+    schedule: when to log, evaluate, save and end.
+    num_checkpoints: how many of the last ones are kept.
+    wandb_project: where to send metrics besides; empty for nowhere.
+  """
+
+  settings: dict[str, Any]
+  mesh: Mesh
+  tokenizer: Any
+  scorer: steps.Scorer
+  shardings: Params
+  load_policy: Callable[[], Params]
+  load_reference: Callable[[Params], Params | None]
+  optimizer: optax.GradientTransformation
+  learning_rate: Callable[[jax.Array], jax.Array]
+  loader: loader.Loader
+  eval_loader: loader.Loader | None
+  schedule: loop.Schedule
+  num_checkpoints: int
+  wandb_project: str
+
+
+def build(config: ConfigDict) -> Experiment:
+  """Returns the experiment: data is tokenised, no weights are read yet.
+
+  Raises:
+    ValueError: something in the config or the data is not right.
+  """
+  objective = make_objective(config)
+  mesh = sharding.make_mesh(**config.mesh)
+  opened, policy = _policy_config(config)
+  tokenizer = _load_tokenizer(config, opened)
+  policy = _fit_policy(config, policy, tokenizer, from_scratch=not opened)
+  train_loader, eval_loader = _make_loaders(config, objective, tokenizer, mesh)
+  total_steps = _total_steps(config, train_loader)
+  learning_rate, optimizer = _make_optimizer(config, total_steps)
+  shardings = sharding.array_shardings(
+    mesh, transformer.logical_axes(policy), transformer.param_shapes(policy)
+  )
+  reference, load_reference = _make_reference(
+    config, objective, policy, shardings, mesh
+  )
+  return Experiment(
+    settings=to_plain(config),
+    mesh=mesh,
+    tokenizer=tokenizer,
+    scorer=steps.Scorer(
+      policy=policy,
+      reference=reference,
+      objective=objective,
+      chunk_length=config.model.logprob_chunk,
+    ),
+    shardings=shardings,
+    load_policy=_make_load_policy(config, opened, policy, shardings),
+    load_reference=load_reference,
+    optimizer=optimizer,
+    learning_rate=learning_rate,
+    loader=train_loader,
+    eval_loader=eval_loader,
+    schedule=loop.Schedule(
+      last_step=total_steps,
+      log_every=config.log.every,
+      eval_every=config.eval.every,
+      save_every=config.checkpoint.every,
+    ),
+    num_checkpoints=config.checkpoint.keep,
+    wandb_project=config.log.wandb_project,
+  )
+
+
+def to_plain(config: ConfigDict) -> dict[str, Any]:
+  """Returns the config as JSON would have it."""
+  return json.loads(config.to_json())
+
+
+def make_objective(config: ConfigDict) -> preference.Objective:
+  """Returns the loss with its modifiers."""
+  options = config.loss.to_dict()
+  modifiers = ("f_divergence", "f_alpha", "ld_alpha", "wpo", "sft_weight")
+  name = options.pop("name")
+  modifiers = {key: options.pop(key) for key in modifiers}
+  given = {key: value for key, value in options.items() if value is not None}
+  return preference.make_objective(name, given, **modifiers)
+
+
+def _policy_config(config):
+  """Returns (ModelSource or None, the decoder as saved or as preset)."""
+  options = config.model
+  if bool(options.path) == bool(options.preset):
+    raise ValueError(
+      f"model.path='{options.path}' and model.preset='{options.preset}':"
+      " give one of them (a preset starts from random weights)"
+    )
+  if options.path:
+    opened = source.open_model(options.path)
+    return opened, opened.config
+  return None, model_config.make_config(options.preset)
+
+
+def _load_tokenizer(config, opened):
+  if config.model.tokenizer:
+    return tokenize.load_tokenizer(config.model.tokenizer)
+  if opened:
+    return tokenize.load_tokenizer(opened.tokenizer)
+  if config.data.source == "synthetic":
+    return synthetic.make_tokenizer()
+  raise ValueError(
+    f"model.preset='{config.model.preset}' needs model.tokenizer: a folder, a"
+    " tokenizers file or a hub name"
+  )
+
+
+def _make_optimizer(config, total_steps):
+  """Returns the learning rate as a function of updates, and the optimizer."""
+  options = config.optimizer.to_dict()
+  learning_rate = optimizers.make_schedule(
+    options.pop("learning_rate"),
+    schedule=options.pop("schedule"),
+    warmup_steps=options.pop("warmup_steps"),
+    total_steps=total_steps,
+  )
+  name = options.pop("name")
+  return learning_rate, optimizers.make_optimizer(
+    name, learning_rate, **options
+  )
+
+
+def _compute_settings(config):
+  options = config.model
+  dtype = options.dtype
+  if dtype == "auto":
+    on_cpu = jax.default_backend() == "cpu"
+    dtype = "float32" if on_cpu else "bfloat16"
+  return dict(dtype=dtype, param_dtype=options.param_dtype, remat=options.remat)
+
+
+def _fit_policy(config, policy, tokenizer, *, from_scratch):
+  """Returns the decoder with compute settings and a fitting vocabulary."""
+  settings = _compute_settings(config)
+  if from_scratch:
+    settings["vocab_size"] = max(policy.vocab_size, len(tokenizer))
+  elif len(tokenizer) > policy.vocab_size:
+    raise ValueError(
+      f"the tokenizer has {len(tokenizer)} tokens and the model"
+      f" {config.model.path} only {policy.vocab_size}"
+    )
+  is_bounded = policy.positions == "learned"
+  if is_bounded and config.data.max_length > policy.max_positions:
+    raise ValueError(
+      f"data.max_length={config.data.max_length}: the model has"
+      f" {policy.max_positions} positions"
+    )
+  return dataclasses.replace(policy, **settings)
+
+
+def _make_load_policy(config, opened, policy, shardings):
+  if opened:
+    return lambda: opened.load(policy, shardings)
+  rng = jax.random.key(config.seed)
+  return jax.jit(
+    lambda: transformer.init_params(policy, rng), out_shardings=shardings
+  )
+
+
+def _make_reference(config, objective, policy, shardings, mesh):
+  """Returns the reference's decoder (or None), and how its weights come."""
+  options = config.reference
+  if options.mode not in ("live", "none"):
+    raise ValueError(
+      f"unknown reference.mode '{options.mode}'; known: live, none"
+    )
+  if not objective.needs_reference:
+    if options.path:
+      raise ValueError(
+        f"reference.path='{options.path}': loss '{config.loss.name}' has no"
+        " reference"
+      )
+    return None, lambda params: None
+  if options.mode == "none":
+    raise ValueError(
+      f"reference.mode='none': loss '{config.loss.name}' needs a reference"
+    )
+  dtype = policy.dtype if options.dtype == "auto" else options.dtype
+  if not options.path:
+    reference = dataclasses.replace(policy, param_dtype=dtype)
+    copy = functools.partial(
+      state.copy_params, dtype=dtype, shardings=shardings
+    )
+    return reference, copy
+  opened = source.open_model(options.path)
+  if opened.config.vocab_size != policy.vocab_size:
+    raise ValueError(
+      f"reference.path='{options.path}': its vocabulary has"
+      f" {opened.config.vocab_size} tokens and the policy's"
+      f" {policy.vocab_size}"
+    )
+  settings = _compute_settings(config) | {"param_dtype": dtype}
+  reference = dataclasses.replace(opened.config, **settings)
+  layouts = sharding.array_shardings(
+    mesh,
+    transformer.logical_axes(reference),
+    transformer.param_shapes(reference),
+  )
+  return reference, lambda params: opened.load(reference, layouts)
+
+
+def _make_loaders(config, objective, tokenizer, mesh):
+  shards = sharding.num_row_shards(mesh)
+  microbatch_rows = config.microbatch_rows or shards
+  if config.data.layout == "padded" and not config.microbatch_rows:
+    microbatch_rows += microbatch_rows % 2
+  if microbatch_rows % shards:
+    raise ValueError(
+      f"microbatch_rows={microbatch_rows}: must be a multiple of the"
+      f" {shards} devices that rows are split over (mesh.data * mesh.fsdp)"
+    )
+  settings = dict(
+    microbatch_rows=microbatch_rows,
+    row_length=config.data.row_length,
+    seed=config.seed,
+    layout=config.data.layout,
+    batch_size=config.batch_size,
+    row_range=sharding.local_rows(mesh, microbatch_rows),
+  )
+  read = functools.partial(_read_tokens, config, objective, tokenizer)
+  train_data = read(config.data.path, config.data.split)
+  train_loader = loader.Loader(
+    train_data, shuffle=config.data.shuffle, **settings
+  )
+  if config.batch_size > train_loader.num_pairs:
+    raise ValueError(
+      f"batch_size={config.batch_size}: larger than the data"
+      f" ({train_loader.num_pairs} pairs in {config.data.path})"
+    )
+  if not config.data.eval_path:
+    return train_loader, None
+  eval_data = read(config.data.eval_path, config.data.eval_split)
+  if config.eval.pairs:
+    eval_data = eval_data.head(config.eval.pairs)
+  return train_loader, loader.Loader(eval_data, shuffle=False, **settings)
+
+
+def _read_tokens(config, objective, tokenizer, path, split):
+  """Returns the tokens of one file or data set, and says what was dropped."""
+  options = config.data
+  tokens = dataset.load(
+    options.cache_dir or pathlib.Path.home() / ".cache" / "dpo_jax",
+    source=options.source,
+    path=path,
+    split=split,
+    tokenizer=tokenizer,
+    inputs=objective.inputs,
+    max_length=options.max_length,
+    max_prompt_length=options.max_prompt_length,
+    is_builder=jax.process_index() == 0,
+    barrier=lambda: multihost_utils.sync_global_devices("tokens cached"),
+  )
+  if jax.process_index() == 0:
+    print(f"data: {options.source} {path}")
+    print(*tokenize.report_lines(tokens.report), sep="\n", flush=True)
+  return tokens
+
+
+def _total_steps(config, batches):
+  if config.steps < 0 or config.epochs < 0:
+    raise ValueError(
+      f"steps={config.steps}, epochs={config.epochs}: must be at least 0"
+    )
+  if config.steps:
+    return config.steps
+  total = math.ceil(config.epochs * batches.num_pairs / config.batch_size)
+  if not total:
+    raise ValueError("steps=0 and epochs=0: nothing to do")
+  return total

@@ -1,0 +1,316 @@
+"""Model folders in Hugging Face format, read onto a mesh and written from it.
+
+`huggingface_names.TENSORS` says, once for both ways, which tensor of a file
+holds which of our parameters.
+"""
+
+import json
+import os
+import re
+from typing import Any
+
+import huggingface_hub
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from dpo_jax.models import (
+  huggingface_config,
+  huggingface_names,
+  safetensors,
+  transformer,
+)
+from dpo_jax.models.config import ModelConfig
+from dpo_jax.types import Params
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SHARD = "model-{:05d}-of-{:05d}.safetensors"
+
+# How many names an error lists of each kind.
+MAX_NAMES = 8
+
+# The parts of a hub repository that a model and its tokenizer are made of.
+HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+
+
+def resolve(path: str) -> str:
+  """Returns a local folder: `path` if it is one, else the hub model's files.
+
+  Raises:
+    ValueError: it is neither a folder nor a model that the hub gives us.
+  """
+  if os.path.isdir(path):
+    return path
+  try:
+    return huggingface_hub.snapshot_download(path, allow_patterns=HUB_FILES)
+  except (OSError, ValueError) as error:
+    reason = str(error).strip().split("\n")[0]
+    raise ValueError(
+      f"no such model {path!r}: not a folder here, and the hub has none for"
+      f" us ({reason})"
+    ) from error
+
+
+def read_config(folder: str) -> ModelConfig:
+  """Returns the config of the model in `folder`, with default dtypes.
+
+  Raises:
+    ValueError: no config.json, or one that asks for what we do not have.
+  """
+  path = os.path.join(folder, "config.json")
+  if not os.path.isfile(path):
+    raise ValueError(f"no such file {path}: not a model in Hugging Face format")
+  with open(path) as file:
+    values = json.load(file)
+  try:
+    return huggingface_config.parse(values)
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from error
+
+
+def load_params(
+  folder: str, config: ModelConfig, shardings: dict[str, Any]
+) -> Params:
+  """Returns the folder's parameters in `config.param_dtype`, on devices.
+
+  Files are memory-mapped. A device's slice of a parameter is copied from them
+  on its own, and one parameter is finished before the next is begun, so the
+  host never holds more than one.
+
+  Args:
+    folder: holds model.safetensors, or an index of several files.
+    config: what `read_config` returns; its dtypes may be changed.
+    shardings: a NamedSharding for each parameter, in their tree.
+
+  Raises:
+    ValueError: tensors are missing, unexpected or of the wrong shape.
+  """
+  stored = _open_folder(folder, config)
+  places = huggingface_names.places(config)
+  _check(folder, stored, places, config)
+
+  def load(path, leaf, sharding):
+    place = places[huggingface_names.leaf_name(path)]
+
+    def read(index):
+      if not place.is_stacked:
+        return np.array(place.view(stored, 0)[index], leaf.dtype)
+      layers = range(config.num_layers)[index[0]]
+      views = [place.view(stored, layer)[index[1:]] for layer in layers]
+      # Converts the dtype while it copies, without an array between.
+      out = np.empty((len(layers), *views[0].shape), leaf.dtype)
+      for layer, view in enumerate(views):
+        out[layer] = view
+      return out
+
+    return jax.block_until_ready(
+      jax.make_array_from_callback(leaf.shape, sharding, read)
+    )
+
+  shapes = transformer.param_shapes(config)
+  return jax.tree_util.tree_map_with_path(load, shapes, shardings)
+
+
+def save_model(
+  folder: str,
+  config: ModelConfig,
+  params: Params,
+  *,
+  bos_token_id: int | None = None,
+  eos_token_id: int | None = None,
+  max_shard_bytes: float = 5e9,
+) -> None:
+  """Writes config.json and the parameters, in the dtype that they have.
+
+  Every process calls this; the first one writes. Parameters come to the host
+  one tensor of the file at a time.
+
+  Args:
+    folder: made if absent; a model that it holds is replaced.
+    config: the model.
+    params: its parameters, laid out in any way.
+    bos_token_id: the tokenizer's, for whoever generates from the folder.
+    eos_token_id: likewise.
+    max_shard_bytes: several files and an index are written above this.
+  """
+  writes = jax.process_index() == 0
+  outputs = _outputs(config, params)
+  shards = _shards(outputs, max_shard_bytes)
+  if writes:
+    os.makedirs(folder, exist_ok=True)
+  for name, members in shards.items():
+    safetensors.write_file(
+      os.path.join(folder, name) if writes else None, members
+    )
+  if not writes:
+    return
+  for name in os.listdir(folder):
+    is_weights = re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", name)
+    if (is_weights and name not in shards) or name == INDEX:
+      os.remove(os.path.join(folder, name))
+  if len(shards) > 1:
+    total = sum(output.num_bytes for output in outputs)
+    weight_map = {
+      output.name: name
+      for name, members in shards.items()
+      for output in members
+    }
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    _write_json(os.path.join(folder, INDEX), index)
+  write_config(
+    folder, config, bos_token_id=bos_token_id, eos_token_id=eos_token_id
+  )
+
+
+def write_config(
+  folder: str,
+  config: ModelConfig,
+  *,
+  bos_token_id: int | None = None,
+  eos_token_id: int | None = None,
+) -> None:
+  """Writes config.json alone; the arguments are those of `save_model`."""
+  values = huggingface_config.render(config)
+  values |= {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
+  _write_json(os.path.join(folder, "config.json"), values)
+
+
+def _write_json(path: str, values: dict[str, Any]) -> None:
+  """Writes an indented JSON file."""
+  with open(path, "w") as file:
+    json.dump(values, file, indent=2)
+    file.write("\n")
+
+
+def _open_folder(folder: str, config: ModelConfig) -> dict[str, np.ndarray]:
+  """Returns memory-mapped tensors by name, those that we have a use for."""
+  names = [WEIGHTS]
+  if not os.path.isfile(os.path.join(folder, WEIGHTS)):
+    path = os.path.join(folder, INDEX)
+    if not os.path.isfile(path):
+      raise ValueError(f"{folder} holds no {WEIGHTS} and no {INDEX}")
+    with open(path) as file:
+      names = sorted(set(json.load(file)["weight_map"].values()))
+  prefix = huggingface_names.PREFIXES[config.family]
+  unused = huggingface_names.BUFFERS[config.family] + (
+    r"|lm_head\.weight" if config.tied else ""
+  )
+  stored = {}
+  for name in names:
+    tensors = safetensors.open_file(os.path.join(folder, name))
+    for key, tensor in tensors.items():
+      bare = key.removeprefix(prefix)
+      if not re.fullmatch(unused, bare):
+        stored[bare if bare == "lm_head.weight" else prefix + bare] = tensor
+  return stored
+
+
+def _check(
+  folder: str,
+  stored: dict[str, np.ndarray],
+  places: dict[str, huggingface_names.Place],
+  config: ModelConfig,
+) -> None:
+  """Raises ValueError unless the tensors are those that the config has."""
+  expected = {
+    place.tensor.name.format(layer): place.file_shape
+    for place in places.values()
+    for layer in range(config.num_layers if place.is_stacked else 1)
+  }
+  shapes = [
+    f"{name} is {list(stored[name].shape)}, not {list(shape)}"
+    for name, shape in expected.items()
+    if name in stored and stored[name].shape != shape
+  ]
+  problems = {
+    "missing tensors": [name for name in expected if name not in stored],
+    "unexpected tensors": [name for name in stored if name not in expected],
+    "wrong shapes": shapes,
+  }
+  if any(problems.values()):
+    text = "; ".join(
+      f"{what}: {', '.join(names[:MAX_NAMES])}"
+      + (f" and {len(names) - MAX_NAMES} more" * (len(names) > MAX_NAMES))
+      for what, names in problems.items()
+      if names
+    )
+    raise ValueError(
+      f"{folder} does not hold what its config.json says: {text}"
+    )
+
+
+def _outputs(config: ModelConfig, params: Params) -> list[safetensors.Output]:
+  """Returns the tensors of a model, layer by layer, in the table's order."""
+  leaves = {
+    huggingface_names.leaf_name(path): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+  }
+  places = huggingface_names.places(config)
+  tensors = [
+    tensor
+    for tensor in huggingface_names.TENSORS[config.family]
+    if tensor.leaves[0] in places
+  ]
+
+  def output(tensor, layer):
+    parts = [(places[leaf], leaves[leaf]) for leaf in tensor.leaves]
+
+    def fetch():
+      matrices = [
+        _to_host(leaf, layer if place.is_stacked else None).reshape(
+          place.matrix_shape
+        )
+        for place, leaf in parts
+      ]
+      joined = np.concatenate(matrices, axis=-1)
+      return joined.T if tensor.transposed else joined
+
+    place, leaf = parts[0]
+    name = tensor.name.format(layer)
+    return safetensors.Output(
+      name, place.file_shape, np.dtype(leaf.dtype), fetch
+    )
+
+  return [
+    output(tensor, layer)
+    for is_stacked in (False, True)
+    for layer in range(config.num_layers if is_stacked else 1)
+    for tensor in tensors
+    if ("{}" in tensor.name) == is_stacked
+  ]
+
+
+@jax.jit
+def _layer(leaf: jax.Array, layer: jax.Array) -> jax.Array:
+  """Returns one layer of a stacked parameter; compiled once for them all."""
+  return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+
+
+def _to_host(leaf: jax.Array, layer: int | None) -> np.ndarray:
+  """Returns the whole parameter, or one layer of it, on every process."""
+  if layer is not None:
+    with jax.transfer_guard("allow"):  # The layer's number is on the host.
+      leaf = _layer(leaf, layer)
+  if leaf.is_fully_addressable:
+    return jax.device_get(leaf)
+  return multihost_utils.process_allgather(leaf, tiled=True)
+
+
+def _shards(
+  outputs: list[safetensors.Output], max_bytes: float
+) -> dict[str, list[safetensors.Output]]:
+  """Returns the tensors of each file by its name, filled in order."""
+  shards, size = [[]], 0
+  for output in outputs:
+    if shards[-1] and size + output.num_bytes > max_bytes:
+      shards.append([])
+      size = 0
+    shards[-1].append(output)
+    size += output.num_bytes
+  if len(shards) == 1:
+    return {WEIGHTS: shards[0]}
+  return {
+    SHARD.format(number, len(shards)): shard
+    for number, shard in enumerate(shards, start=1)
+  }

@@ -1,0 +1,238 @@
+"""Runs an experiment: from its first state to the last checkpoint."""
+
+import dataclasses
+import functools
+import math
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dpo_jax import experiment as experiment_lib
+from dpo_jax import sharding
+from dpo_jax.checkpoints import manager, run_folder
+from dpo_jax.data import loader
+from dpo_jax.evaluation import preferences
+from dpo_jax.experiment import Experiment
+from dpo_jax.models import huggingface, transformer
+from dpo_jax.training import loop, recorder, state, steps
+from dpo_jax.types import Batch
+
+
+def join_processes() -> None:
+  """Joins the other processes of a multi-host run.
+
+  Raises:
+    ValueError: neither the cluster nor the environment says who they are.
+  """
+  number = os.environ.get("JAX_NUM_PROCESSES")
+  index = os.environ.get("JAX_PROCESS_ID")
+  try:
+    jax.distributed.initialize(
+      num_processes=int(number) if number else None,
+      process_id=int(index) if index else None,
+    )
+  except ValueError as error:
+    raise ValueError(f"--multihost: {error}") from error
+
+
+def train(config: ConfigDict, workdir: str) -> bool:
+  """Returns whether the run came to its end; False when told to stop.
+
+  Args:
+    config: see configs/base.py.
+    workdir: the run folder; a run that is in it goes on.
+
+  Raises:
+    ValueError: something in the config, the data or the folder is not right.
+  """
+  run_folder.check_config(workdir, experiment_lib.to_plain(config))
+  experiment = experiment_lib.build(config)
+  for line in describe(experiment):
+    _say(line)
+  with jax.set_mesh(experiment.mesh):
+    return _train(experiment, pathlib.Path(workdir))
+
+
+def describe(experiment: Experiment) -> Iterator[str]:
+  """Yields lines that say what will run."""
+  scorer, batches = experiment.scorer, experiment.loader
+  shapes = jax.tree.leaves(transformer.param_shapes(scorer.policy))
+  num_params = sum(math.prod(x.shape) for x in shapes)
+  mesh = ", ".join(f"{k} {v}" for k, v in experiment.mesh.shape.items())
+  yield (
+    f"policy: {scorer.policy.family}, {num_params / 1e6:.1f} M parameters,"
+    f" {scorer.policy.dtype}; reference:"
+    f" {scorer.reference.param_dtype if scorer.reference else 'none'}"
+  )
+  yield (
+    f"mesh: {mesh}; rows: {batches.row_length} tokens,"
+    f" {batches.microbatch_rows} in a microbatch"
+  )
+  yield (
+    f"{experiment.schedule.last_step} steps of {batches.batch_size} pairs;"
+    f" {batches.num_pairs} pairs"
+  )
+
+
+def init_state(experiment: Experiment) -> state.TrainState:
+  """Returns the state before the first update, with its reference."""
+  first = state.init_state(
+    experiment.load_policy(),
+    experiment.optimizer,
+    experiment.shardings,
+    experiment.mesh,
+  )
+  return dataclasses.replace(
+    first, reference=experiment.load_reference(first.params)
+  )
+
+
+def compile_train_step(
+  experiment: Experiment, first: state.TrainState, batch: Batch
+) -> Any:
+  """Returns the compiled step; it donates the state."""
+  layouts = jax.tree.map(lambda x: x.sharding, first)
+  step = steps.make_train_step(
+    experiment.scorer, experiment.optimizer, experiment.learning_rate
+  )
+  jitted = jax.jit(
+    step,
+    donate_argnums=0,
+    out_shardings=(layouts, sharding.replicated(experiment.mesh)),
+  )
+  return jitted.lower(first, batch).compile()
+
+
+def device_batch(batch: Batch, batches: loader.Loader, mesh: Mesh) -> Batch:
+  """Returns a host batch as global arrays, rows split over the mesh."""
+  place = functools.partial(
+    sharding.place_rows,
+    mesh=mesh,
+    num_rows=batches.microbatch_rows,
+    first_row=batches.row_range[0],
+  )
+  return Batch(
+    rows=jax.tree.map(place, batch.rows),
+    num_microbatches=sharding.place_whole(batch.num_microbatches, mesh),
+    lengths=sharding.place_whole(batch.lengths, mesh),
+  )
+
+
+def host_batch(experiment: Experiment, k: int) -> loop.HostBatch:
+  """Returns batch k, counted from 0, on the device."""
+  batches = experiment.loader
+  batch = batches.batch(k)
+  num_rows = int(batch.num_microbatches) * batches.microbatch_rows
+  return loop.HostBatch(
+    batch=device_batch(batch, batches, experiment.mesh),
+    num_pairs=batches.batch_size,
+    num_tokens=batches.num_tokens(k),
+    num_positions=num_rows * batches.row_length,
+  )
+
+
+def make_eval_fn(experiment: Experiment) -> loop.EvalFn | None:
+  """Returns a function of the state, or None without evaluation data."""
+  batches = experiment.eval_loader
+  if batches is None:
+    return None
+  score_step = jax.jit(
+    steps.make_score_step(experiment.scorer),
+    out_shardings=sharding.replicated(experiment.mesh),
+  )
+
+  def evaluate(train_state):
+    placed = (
+      device_batch(batch, batches, experiment.mesh)
+      for batch in batches.eval_batches()
+    )
+    return preferences.evaluate(
+      experiment.scorer, score_step, placed, train_state
+    )
+
+  return evaluate
+
+
+def _train(experiment: Experiment, workdir: pathlib.Path) -> bool:
+  first = init_state(experiment)
+  _write_run_files(experiment, workdir)
+  with (
+    manager.Manager(
+      workdir,
+      every=experiment.schedule.save_every,
+      keep=experiment.num_checkpoints,
+    ) as checkpoints,
+  ):
+    restored = checkpoints.restore(
+      state.abstract_state(first.without_reference())
+    )
+    done = 0
+    if restored is not None:
+      done, kept = restored
+      first = dataclasses.replace(kept, reference=first.reference)
+      _say(f"goes on from step {done} of {experiment.schedule.last_step}")
+    if done >= experiment.schedule.last_step:
+      _say(f"finished at step {done}: nothing to do")
+      return True
+    with recorder.Recorder(
+      workdir,
+      total_steps=experiment.schedule.last_step,
+      start_step=done,
+      wandb_project=experiment.wandb_project,
+      config=experiment.settings,
+    ) as record:
+      return _run_loop(experiment, first, done, checkpoints, record)
+
+
+def _run_loop(experiment, first, done, checkpoints, record) -> bool:
+  train_step = compile_train_step(
+    experiment, first, host_batch(experiment, done).batch
+  )
+  batches = loader.prefetch(
+    functools.partial(host_batch, experiment),
+    done,
+    experiment.schedule.last_step,
+  )
+
+  def save(step, train_state, eval_metrics):
+    checkpoints.save(
+      step, train_state.without_reference(), eval_metrics, force=True
+    )
+
+  _, finished = loop.run(
+    first,
+    train_step=train_step,
+    batches=batches,
+    waited=lambda: batches.wait_seconds,
+    schedule=experiment.schedule,
+    eval_fn=make_eval_fn(experiment),
+    save_fn=save,
+    record_fn=record.write,
+  )
+  return finished
+
+
+def _write_run_files(experiment, workdir):
+  if jax.process_index() == 0:
+    folder = workdir / run_folder.MODEL_FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    huggingface.write_config(
+      str(folder),
+      experiment.scorer.policy,
+      bos_token_id=experiment.tokenizer.bos_token_id,
+      eos_token_id=experiment.tokenizer.eos_token_id,
+    )
+    experiment.tokenizer.save_pretrained(folder)
+    run_folder.write_config(workdir, experiment.settings)
+  multihost_utils.sync_global_devices("run folder written")
+
+
+def _say(text: str) -> None:
+  if jax.process_index() == 0:
+    print(text, flush=True)

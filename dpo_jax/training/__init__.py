@@ -1,0 +1,1 @@
+"""From per-pair losses to parameter updates."""

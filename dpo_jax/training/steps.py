@@ -1,0 +1,252 @@
+"""The training step: policy and reference log-ratios, gradient and update.
+
+A batch is a stack of microbatches of which some are filled. One compiled
+program loops over as many as there are (`num_microbatches` is an array), and
+the body takes value and gradient, so the trip count may be dynamic. Every sum
+runs over the whole batch: its pair and token counts are known beforehand, so
+the split into microbatches changes no number.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dpo_jax.losses import logprobs, modifiers, preference
+from dpo_jax.models import config as model_config
+from dpo_jax.models import transformer
+from dpo_jax.training import metrics as metrics_lib
+from dpo_jax.training import state as state_lib
+from dpo_jax.types import Array, Batch, Params, Rows
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PairScores:
+  """What a pass over the rows yields for each pair of the batch."""
+
+  policy: Array  # f32[B,2]  summed log-probability, nats
+  reference: Array | None  # f32[B,2]
+  log_weights: Array | None = None  # f32[B]  log of WPO's pair weight
+
+
+@dataclasses.dataclass(frozen=True)
+class Scorer:
+  """Turns rows into log-probabilities under the policy and the reference.
+
+  Attributes:
+    policy: configuration of the policy's decoder.
+    reference: configuration of the reference's; None never traces it.
+    objective: the loss with its modifiers.
+    chunk_length: scored positions of a row that meet the vocabulary at once.
+  """
+
+  policy: model_config.ModelConfig
+  reference: model_config.ModelConfig | None
+  objective: preference.Objective
+  chunk_length: int
+
+  def scores(
+    self,
+    params: Params,
+    reference_params: Params | None,
+    rows: Rows,
+    lengths: Array,
+  ) -> PairScores:
+    """Returns the scores of the pairs in `rows`, and 0 for all others.
+
+    The reference and the weights carry no gradient.
+    """
+    weights = self.objective.token_weights(rows, lengths)
+    reference = None
+    if self.reference is not None:
+      tokens = self._token_logps(self.reference, reference_params, rows)
+      reference = jax.lax.stop_gradient(
+        logprobs.response_sums(tokens.logps * weights, rows, len(lengths))
+      )
+    tokens = self._token_logps(
+      self.policy, params, rows, self.objective.needs_log_sum_squares
+    )
+    policy = logprobs.response_sums(tokens.logps * weights, rows, len(lengths))
+    log_weights = None
+    if self.objective.needs_log_sum_squares:
+      log_weights = modifiers.wpo_log_weights(tokens, rows, lengths)
+    return PairScores(policy, reference, log_weights)
+
+  def losses(self, scores: PairScores, lengths: Array) -> Array:
+    """Returns f[B], the loss of each pair."""
+    chosen, rejected = scores.policy[:, 0], scores.policy[:, 1]
+    reference = scores.reference
+    counts = lengths.astype(chosen.dtype)
+    pairs = preference.PairLogps(
+      policy_chosen=chosen,
+      policy_rejected=rejected,
+      reference_chosen=None if reference is None else reference[:, 0],
+      reference_rejected=None if reference is None else reference[:, 1],
+      chosen_lengths=counts[:, 0],
+      rejected_lengths=counts[:, 1],
+    )
+    return self.objective.per_pair(pairs, scores.log_weights)
+
+  def mean_loss(
+    self, scores: PairScores, lengths: Array, here: Array | None = None
+  ) -> tuple[Array, Array]:
+    """Returns the batch mean over the pairs that are `here`, and f[B]."""
+    valid = lengths[:, 0] > 0
+    here = valid if here is None else valid & here
+    losses = jnp.where(here, self.losses(scores, lengths), 0)
+    return jnp.sum(losses) / jnp.sum(valid), losses
+
+  def metrics(
+    self, scores: PairScores, losses: Array, lengths: Array
+  ) -> dict[str, Array]:
+    """Returns the means of losses, rewards and log-probabilities."""
+    return metrics_lib.preference_metrics(
+      losses,
+      scores.policy,
+      scores.reference,
+      lengths,
+      beta=self.objective.beta,
+      has_rejected=self.objective.inputs == "pairs",
+    )
+
+  def _token_logps(self, config, params, rows, with_log_sum_squares=False):
+    hidden = transformer.hidden_states(
+      config,
+      params,
+      rows.tokens,
+      rows.positions,
+      rows.key_start,
+      rows.key_end,
+    )
+    return logprobs.token_logps(
+      hidden,
+      transformer.unembedding(config, params),
+      rows,
+      chunk_length=self.chunk_length,
+      with_log_sum_squares=with_log_sum_squares,
+    )
+
+
+def make_train_step(
+  scorer: Scorer,
+  optimizer: optax.GradientTransformation,
+  schedule: Callable[[Array], Array],
+) -> Callable[
+  [state_lib.TrainState, Batch], tuple[state_lib.TrainState, dict[str, Array]]
+]:
+  """Returns `step(state, batch) -> (state, metrics)`, to be jitted.
+
+  Args:
+    scorer: the log-probabilities and the loss.
+    optimizer: clips and updates.
+    schedule: the learning rate, reported only.
+  """
+  gradient = (
+    _coupled_gradient
+    if scorer.objective.looks_across_batch
+    else _pairwise_gradient
+  )
+
+  def step(state, batch):
+    scores, losses, grads = gradient(
+      scorer, state.params, state.reference, batch
+    )
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    metrics = scorer.metrics(scores, losses, batch.lengths)
+    metrics["grad_norm"] = optax.global_norm(grads)
+    metrics["learning_rate"] = schedule(state.step)
+    state = dataclasses.replace(
+      state,
+      step=state.step + 1,
+      params=optax.apply_updates(state.params, updates),
+      opt_state=opt_state,
+    )
+    return state, metrics
+
+  return step
+
+
+def make_score_step(
+  scorer: Scorer,
+) -> Callable[[Params, Params | None, Batch], PairScores]:
+  """Returns `score(params, reference, batch) -> PairScores`, no gradient."""
+
+  def score(params, reference, batch):
+    return _loop(
+      batch,
+      lambda rows: scorer.scores(params, reference, rows, batch.lengths),
+    )
+
+  return score
+
+
+def _loop(batch: Batch, body: Callable[[Rows], Any]) -> Any:
+  """Returns the sum of `body(rows)` over the microbatches that are filled."""
+  take = lambda i: jax.tree.map(
+    lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, keepdims=False),
+    batch.rows,
+  )
+  if len(batch.rows.tokens) == 1:
+    return body(take(0))
+  zeros = jax.tree.map(
+    lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(body, take(0))
+  )
+  return jax.lax.fori_loop(
+    0,
+    batch.num_microbatches,
+    lambda i, total: jax.tree.map(jnp.add, total, body(take(i))),
+    zeros,
+  )
+
+
+def _pairwise_gradient(scorer, params, reference, batch):
+  """Returns scores, losses f[B] and gradients in one pass over the rows."""
+
+  def loss_fn(params, rows):
+    scores = scorer.scores(params, reference, rows, batch.lengths)
+    here = _present(rows, len(batch.lengths))
+    loss, losses = scorer.mean_loss(scores, batch.lengths, here)
+    return loss, (scores, losses)
+
+  def body(rows):
+    (_, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, rows)
+    return *aux, grads
+
+  return _loop(batch, body)
+
+
+def _coupled_gradient(scorer, params, reference, batch):
+  """Returns the same for a loss that looks across the batch.
+
+  The first pass scores every pair; the loss of all of them then says what
+  each log-probability weighs; the second pass applies those weights.
+  """
+  scores = make_score_step(scorer)(params, reference, batch)
+
+  policy_only = dataclasses.replace(scorer, reference=None)
+  batch_loss = lambda scores: scorer.mean_loss(scores, batch.lengths)
+  weights, losses = jax.grad(batch_loss, has_aux=True)(scores)
+  weights = dataclasses.replace(weights, reference=None)
+
+  def body(rows):
+    def weighted(params):
+      terms = jax.tree.map(
+        lambda weight, score: jnp.sum(weight * score),
+        weights,
+        policy_only.scores(params, None, rows, batch.lengths),
+      )
+      return sum(jax.tree.leaves(terms))
+
+    return jax.grad(weighted)(params)
+
+  return scores, losses, _loop(batch, body)
+
+
+def _present(rows: Rows, num_pairs: int) -> Array:
+  """Returns bool[B]: the pairs that have a scored token in `rows`."""
+  scored = (rows.response >= 0).astype(jnp.float32)
+  return jnp.any(logprobs.response_sums(scored, rows, num_pairs) > 0, axis=-1)

@@ -1,0 +1,37 @@
+"""Trains a policy.
+
+  python -m launch.train --config=configs/pairs.py:dpo --workdir=runs/mine \\
+    --config.data.path=pairs.jsonl --config.model.path=my_model
+
+The same command started again goes on where the run was. On several hosts
+start it on each with --multihost (TPU pods and Slurm are recognised;
+elsewhere set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID).
+"""
+
+from absl import flags
+from ml_collections import config_flags
+
+from launch import cli
+
+CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "Experiment, as configs/NAME.py:ARGUMENT."
+)
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+MULTIHOST = flags.DEFINE_bool(
+  "multihost", False, "Whether this is one of several processes."
+)
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(argv: list[str]) -> int:
+  """Returns 0 when the run finished, 143 when it was told to stop."""
+  from dpo_jax import trainer
+
+  if MULTIHOST.value:
+    trainer.join_processes()
+  finished = trainer.train(CONFIG.value, WORKDIR.value)
+  return 0 if finished else 143
+
+
+if __name__ == "__main__":
+  cli.run(main)

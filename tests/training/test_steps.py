@@ -1,0 +1,207 @@
+"""The train step: identities, and that no split changes a number."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax import sharding, trainer
+from dpo_jax.data import dataset, loader
+from dpo_jax.losses import preference
+from dpo_jax.models import config as model_config
+from dpo_jax.models import transformer
+from dpo_jax.training import optimizers, state, steps
+
+NUM_PAIRS = 24
+CONFIG = model_config.make_config("tiny")
+SMALL_MESH = dict(data=1, fsdp=1, tensor=1)
+MESHES = [
+  dict(data=1, fsdp=8, tensor=1),
+  dict(data=2, fsdp=2, tensor=2),
+  dict(data=4, fsdp=1, tensor=2),
+]
+ROW_METRICS = ("loss", "grad_norm", "logps/chosen", "rewards/margins")
+
+
+def _tokens(swap=False):
+  rng = np.random.default_rng(0)
+  lists = lambda: [
+    rng.integers(1, CONFIG.vocab_size, size=n).tolist()
+    for n in rng.integers(3, 40, size=NUM_PAIRS)
+  ]
+  prompt, chosen, rejected = lists(), lists(), lists()
+  if swap:
+    chosen, rejected = rejected, chosen
+  return dataset.TokenDataset.from_lists(prompt, chosen, rejected)
+
+
+def _objective(name, **modifiers):
+  parameters = {
+    "beta": 0.5,
+    "label_smoothing": 0.1,
+    "alpha": 0.3,
+    "tau": 0.05,
+  }
+  needed = preference.LOSSES[name].hyperparameters
+  return preference.make_objective(
+    name, {key: parameters[key] for key in needed}, **modifiers
+  )
+
+
+def _run(
+  objective,
+  *,
+  mesh=SMALL_MESH,
+  num_steps=2,
+  data=None,
+  config=CONFIG,
+  learning_rate=1e-2,
+  **settings,
+):
+  """Returns the metrics of each step, and the last state."""
+  count = int(np.prod(list(mesh.values())))
+  mesh = sharding.make_mesh(**mesh, devices=jax.devices()[:count])
+  rows = settings.pop("microbatch_rows", sharding.num_row_shards(mesh))
+  batches = loader.Loader(
+    data or _tokens(), batch_size=8, microbatch_rows=rows, **settings
+  )
+  rate = optimizers.make_schedule(
+    learning_rate, schedule="constant", warmup_steps=0, total_steps=9
+  )
+  optimizer = optimizers.make_optimizer("adamw", rate, clip=0.0)
+  reference = config if objective.needs_reference else None
+  scorer = steps.Scorer(config, reference, objective, chunk_length=16)
+  layouts = sharding.array_shardings(
+    mesh, transformer.logical_axes(config), transformer.param_shapes(config)
+  )
+  init = lambda: transformer.init_params(config, jax.random.key(0))
+  with jax.set_mesh(mesh):
+    now = state.init_state(init, optimizer, layouts, mesh)
+    if reference:
+      copy = state.copy_params(now.params, dtype="float32", shardings=layouts)
+      now = dataclasses.replace(now, reference=copy)
+    step = jax.jit(
+      steps.make_train_step(scorer, optimizer, rate), donate_argnums=0
+    )
+    history = []
+    for k in range(num_steps):
+      placed = trainer.device_batch(batches.batch(k), batches, mesh)
+      now, metrics = step(now, placed)
+      history.append({k: float(v) for k, v in metrics.items()})
+  return history, now
+
+
+def _assert_same(got, expected, rtol=1e-4):
+  for a, b in zip(got, expected, strict=True):
+    assert a.keys() == b.keys()
+    for key in a:
+      np.testing.assert_allclose(
+        a[key], b[key], rtol=rtol, atol=1e-4, err_msg=key
+      )
+
+
+def test_loss_is_log2_when_policy_equals_reference():
+  (first, second), _ = _run(_objective("dpo"))
+  np.testing.assert_allclose(first["loss"], np.log(2), atol=1e-6)
+  assert first["rewards/accuracies"] == 0  # a margin of 0 is not right
+  assert second["loss"] != first["loss"]
+
+
+def test_swapping_chosen_and_rejected_negates_the_margin():
+  # A rate of 1e-12: both runs stay where they start, up to one tiny update.
+  straight, _ = _run(_objective("ipo_sum"), num_steps=1)
+  swapped, _ = _run(_objective("ipo_sum"), num_steps=1, data=_tokens(swap=True))
+  assert straight[0]["logps/chosen"] == pytest.approx(
+    swapped[0]["logps/rejected"], rel=1e-5
+  )
+
+
+@pytest.mark.parametrize("name", ["dpo", "sft", "unlikelihood", "aot"])
+def test_the_split_into_microbatches_changes_no_number(name):
+  one, _ = _run(_objective(name), microbatch_rows=16)
+  four, _ = _run(_objective(name), microbatch_rows=2)
+  _assert_same(four, one)
+
+
+@pytest.mark.parametrize("name", ["dpo", "apo_zero"])
+def test_packed_equals_padded(name):
+  packed, _ = _run(_objective(name))
+  padded, _ = _run(_objective(name), layout="padded", microbatch_rows=4)
+  _assert_same(padded, packed)
+
+
+@pytest.mark.parametrize("modifiers", [{"ld_alpha": 0.5}, {"wpo": True}])
+def test_modifiers_do_not_depend_on_the_layout(modifiers):
+  objective = _objective("dpo", **modifiers)
+  packed, _ = _run(objective, microbatch_rows=2)
+  padded, _ = _run(objective, layout="padded", microbatch_rows=16)
+  plain, _ = _run(_objective("dpo"))
+  _assert_same(padded, packed)
+  assert abs(plain[1]["loss"] - packed[1]["loss"]) > 1e-4
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("name", ["dpo", "aot"])
+def test_the_mesh_changes_no_number(name, mesh):
+  one, _ = _run(_objective(name), microbatch_rows=8)
+  many, last = _run(_objective(name), microbatch_rows=8, mesh=mesh)
+  _assert_same(many, one, rtol=2e-3)
+  kernel = last.params["blocks"]["mlp"]["up"]["kernel"]
+  shard = kernel.addressable_shards[0].data
+  assert shard.size * mesh["fsdp"] * mesh["tensor"] == kernel.size
+
+
+def test_a_coupled_loss_has_the_gradient_of_its_definition():
+  """Two passes give what one pass over all pairs gives by autodiff."""
+  objective = _objective("aot")
+  scorer = steps.Scorer(CONFIG, CONFIG, objective, chunk_length=16)
+  batches = loader.Loader(_tokens(), batch_size=8, microbatch_rows=16)
+  batch = batches.batch(0)
+  rows = jax.tree.map(lambda x: x[0], batch.rows)
+  keys = jax.random.split(jax.random.key(1))
+  params = transformer.init_params(CONFIG, keys[0])
+  reference = transformer.init_params(CONFIG, keys[1])
+
+  def direct(params):
+    scores = scorer.scores(params, reference, rows, batch.lengths)
+    return jnp.mean(scorer.losses(scores, batch.lengths))
+
+  expected = jax.grad(direct)(params)
+  split = loader.Loader(_tokens(), batch_size=8, microbatch_rows=2).batch(0)
+  _, _, got = steps._coupled_gradient(scorer, params, reference, split)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
+    got,
+    expected,
+  )
+
+
+def test_a_loss_without_a_reference_holds_and_traces_none():
+  _, last = _run(_objective("unlikelihood"), num_steps=1)
+  assert last.reference is None
+
+
+def test_the_reference_stays_and_the_policy_moves():
+  _, last = _run(_objective("dpo"))
+  start = transformer.init_params(CONFIG, jax.random.key(0))
+  jax.tree.map(np.testing.assert_array_equal, last.reference, start)
+  moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), last.params, start)
+  assert all(jax.tree.leaves(moved))
+
+
+def test_remat_and_bfloat16_stay_close():
+  plain, _ = _run(_objective("dpo"))
+  remat, _ = _run(
+    _objective("dpo"), config=dataclasses.replace(CONFIG, remat="full")
+  )
+  _assert_same(remat, plain)
+  half, last = _run(
+    _objective("dpo"), config=dataclasses.replace(CONFIG, dtype="bfloat16")
+  )
+  assert half[0]["loss"] == pytest.approx(np.log(2), abs=1e-3)
+  assert half[0]["logps/chosen"] == pytest.approx(
+    plain[0]["logps/chosen"], rel=1e-2
+  )
+  assert last.params["blocks"]["mlp"]["up"]["kernel"].dtype == jnp.float32
