@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 
 from dpo_jax import experiment as experiment_lib
 from dpo_jax import sharding
-from dpo_jax.checkpoints import manager, run_folder
-from dpo_jax.data import loader
+from dpo_jax.checkpoints import manager, run_folder, source
+from dpo_jax.data import loader, tokenize
 from dpo_jax.evaluation import preferences
 from dpo_jax.experiment import Experiment
 from dpo_jax.models import huggingface, transformer
@@ -57,6 +57,47 @@ def train(config: ConfigDict, workdir: str) -> bool:
     _say(line)
   with jax.set_mesh(experiment.mesh):
     return _train(experiment, pathlib.Path(workdir))
+
+
+def export(
+  path: str,
+  target: str,
+  *,
+  step: int | None = None,
+  dtype: str = "float32",
+  max_shard_bytes: float = 5e9,
+) -> None:
+  """Writes a model and its tokenizer as a Hugging Face folder.
+
+  Args:
+    path: a run folder, a Hugging Face folder or a hub name.
+    target: the folder to write; must not be what is read.
+    step: which checkpoint of a run; the newest by default.
+    dtype: of the weights that are written.
+    max_shard_bytes: several files are written above this.
+
+  Raises:
+    ValueError: no such model, or a target that is its source.
+  """
+  if os.path.realpath(path) == os.path.realpath(target):
+    raise ValueError(f"the target {target!r} is the source")
+  opened = source.open_model(path, step=step)
+  config = dataclasses.replace(opened.config, param_dtype=dtype)
+  tokenizer = tokenize.load_tokenizer(opened.tokenizer)
+  shapes = transformer.param_shapes(config)
+  layouts = sharding.array_shardings(
+    sharding.make_mesh(), transformer.logical_axes(config), shapes
+  )
+  huggingface.save_model(
+    target,
+    config,
+    opened.load(config, layouts),
+    bos_token_id=tokenizer.bos_token_id,
+    eos_token_id=tokenizer.eos_token_id,
+    max_shard_bytes=max_shard_bytes,
+  )
+  if jax.process_index() == 0:
+    tokenizer.save_pretrained(target)
 
 
 def describe(experiment: Experiment) -> Iterator[str]:
@@ -162,20 +203,18 @@ def make_eval_fn(experiment: Experiment) -> loop.EvalFn | None:
 def _train(experiment: Experiment, workdir: pathlib.Path) -> bool:
   first = init_state(experiment)
   _write_run_files(experiment, workdir)
-  with (
-    manager.Manager(
-      workdir,
-      every=experiment.schedule.save_every,
-      keep=experiment.num_checkpoints,
-    ) as checkpoints,
-  ):
-    restored = checkpoints.restore(
-      state.abstract_state(first.without_reference())
-    )
+  with manager.Manager(
+    workdir,
+    every=experiment.schedule.save_every,
+    keep=experiment.num_checkpoints,
+  ) as checkpoints:
     done = 0
-    if restored is not None:
-      done, kept = restored
-      first = dataclasses.replace(kept, reference=first.reference)
+    if checkpoints.latest_step() is not None:
+      begun, reference = first.without_reference(), first.reference
+      wanted = state.abstract_state(begun)
+      jax.tree.map(lambda x: x.delete(), begun)  # room for what is read
+      done, restored = checkpoints.restore(wanted)
+      first = dataclasses.replace(restored, reference=reference)
       _say(f"goes on from step {done} of {experiment.schedule.last_step}")
     if done >= experiment.schedule.last_step:
       _say(f"finished at step {done}: nothing to do")

@@ -31,6 +31,8 @@ def run(
       mistakes. What it returns is the exit status, None for 0.
     num_arguments: how many arguments without a flag follow the program's name.
   """
+  # Else transformers says at its import that torch is not there.
+  os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
   try:
     app.run(main, flags_parser=functools.partial(_parse_flags, num_arguments))
   except (ValueError, flags.Error) as error:

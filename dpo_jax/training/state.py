@@ -90,7 +90,9 @@ def abstract_state(state: TrainState) -> TrainState:
 
 def copy_params(params: Params, *, dtype: str, shardings: Params) -> Params:
   """Returns a second copy of `params` in `dtype`: a frozen reference."""
-  cast = lambda x: x.astype(dtype) + jnp.zeros((), dtype)
+  # jnp.copy: jit would else pass the policy's own buffers through, and a
+  # donated state may not hold a buffer twice.
+  copy = lambda x: jnp.copy(x.astype(dtype))
   return jax.jit(
-    lambda tree: jax.tree.map(cast, tree), out_shardings=shardings
+    lambda tree: jax.tree.map(copy, tree), out_shardings=shardings
   )(params)

@@ -15,15 +15,12 @@ PARAMS = {"a": {"kernel": jnp.array([1.0, -2.0]), "bias": jnp.array([0.5])}}
 def _schedule(**settings):
   return optimizers.make_schedule(
     0.1,
-    **{"schedule": "constant", "warmup_steps": 0, "total_steps": 10}
-    | settings,
+    **{"schedule": "constant", "warmup_steps": 0, "total_steps": 10} | settings,
   )
 
 
 def _updates(name, grads, num_steps=1, clip=0.0, **options):
-  optimizer = optimizers.make_optimizer(
-    name, _schedule(), clip=clip, **options
-  )
+  optimizer = optimizers.make_optimizer(name, _schedule(), clip=clip, **options)
   params, opt_state = PARAMS, optimizer.init(PARAMS)
   for _ in range(num_steps):
     updates, opt_state = optimizer.update(grads, opt_state, params)

@@ -187,7 +187,9 @@ def test_the_reference_stays_and_the_policy_moves():
   _, last = _run(_objective("dpo"))
   start = transformer.init_params(CONFIG, jax.random.key(0))
   jax.tree.map(np.testing.assert_array_equal, last.reference, start)
-  moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), last.params, start)
+  moved = jax.tree.map(
+    lambda a, b: not np.array_equal(a, b), last.params, start
+  )
   assert all(jax.tree.leaves(moved))
 
 
