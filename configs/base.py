@@ -37,7 +37,8 @@ def get_config() -> config_dict.ConfigDict:
   config.model = config_dict.ConfigDict()
   config.model.path = ""  # Hugging Face folder, hub name or run folder
   config.model.preset = ""  # random initialisation instead of a path
-  config.model.tokenizer = ""  # folder, file or hub name; empty: as `path`
+  config.model.vocab_size = 0  # of a preset; 0: the tokenizer's
+  config.model.tokenizer = ""  # folder, file, hub name; empty: as `path`
   config.model.dtype = "auto"  # of matmuls; auto: bfloat16, float32 on CPU
   config.model.param_dtype = "float32"  # of the master weights
   config.model.remat = "none"  # none, dots, full

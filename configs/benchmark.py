@@ -18,6 +18,7 @@ def get_config(loss: str = "dpo"):
   config.data.max_length = 512
   config.data.max_prompt_length = 512
   config.model.preset = "bench-58m"
+  config.model.vocab_size = 32_000
   config.optimizer.name = "adamw"
   config.optimizer.warmup_steps = 0
   config.data.shuffle = False

@@ -179,11 +179,16 @@ def _fit_policy(config, policy, tokenizer, *, from_scratch):
   """Returns the decoder with compute settings and a fitting vocabulary."""
   settings = _compute_settings(config)
   if from_scratch:
-    settings["vocab_size"] = max(policy.vocab_size, len(tokenizer))
-  elif len(tokenizer) > policy.vocab_size:
+    settings["vocab_size"] = config.model.vocab_size or len(tokenizer)
+  elif config.model.vocab_size:
     raise ValueError(
-      f"the tokenizer has {len(tokenizer)} tokens and the model"
-      f" {config.model.path} only {policy.vocab_size}"
+      f"model.vocab_size={config.model.vocab_size}: only for a model.preset"
+    )
+  policy = dataclasses.replace(policy, **settings)
+  if len(tokenizer) > policy.vocab_size:
+    raise ValueError(
+      f"the tokenizer has {len(tokenizer)} tokens and the model only"
+      f" {policy.vocab_size}"
     )
   is_bounded = policy.positions == "learned"
   if is_bounded and config.data.max_length > policy.max_positions:
@@ -191,7 +196,7 @@ def _fit_policy(config, policy, tokenizer, *, from_scratch):
       f"data.max_length={config.data.max_length}: the model has"
       f" {policy.max_positions} positions"
     )
-  return dataclasses.replace(policy, **settings)
+  return policy
 
 
 def _make_load_policy(config, opened, policy, shardings):
