@@ -13,6 +13,7 @@ from jax.test_util import check_grads
 from dpo_jax import sharding
 from dpo_jax.losses import logprobs
 from dpo_jax.types import Rows
+from tests import hlo
 
 NUM_SCORED = (7, 3)  # of S = 7, in R = 2 rows
 VOCABULARY, WIDTH, TOKENS = 11, 4, 6
@@ -82,15 +83,6 @@ def assert_trees_close(actual, expected, **tolerance):
     actual,
     expected,
   )
-
-
-def vocabulary_buffers(hlo_text, vocab):
-  """Returns the shapes in compiled HLO with an axis that `vocab` divides."""
-  shapes = {
-    tuple(int(size) for size in dims.split(","))
-    for dims in re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", hlo_text)
-  }
-  return {shape for shape in shapes if any(n and n % vocab == 0 for n in shape)}
 
 
 def test_a_token_by_hand():
@@ -344,7 +336,7 @@ def test_no_buffer_holds_more_than_one_chunk_of_logits():
     .compile()
     .as_text()
   )
-  buffers = vocabulary_buffers(text, vocab)
+  buffers = hlo.vocabulary_buffers(text, vocab)
   assert (vocab, width) in buffers
   assert any(math.prod(s) == num_rows * chunk * vocab for s in buffers)
   largest = max(num_rows * chunk, width) * vocab
