@@ -9,7 +9,7 @@ quickstart: $(ACTIVATE)  ## The miniature sentiment experiment: a table, a figur
 	JAX_PLATFORMS=cpu $(BIN)/python -m launch.reproduce quickstart --workdir=runs/quickstart
 
 test: $(ACTIVATE) lint  ## The default tests, minutes on two cores.
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(ACTIVATE)  ## The tests that take minutes each.
 	$(BIN)/python -m pytest -m slow

@@ -17,8 +17,8 @@ def get_config(loss: str = "dpo"):
   config = base.get_config()
   config.loss.update(losses.get(loss))
   is_sft = loss in ("sft", "sft_sum")
-  config.steps = 600 if is_sft else 200
-  config.batch_size = 128
+  config.steps = 600 if is_sft else 300
+  config.batch_size = 128 if is_sft else 64
   config.data.source = "synthetic"
   config.data.path = "reviews:40000" if is_sft else "pairs:10000"
   config.data.eval_path = "reviews:500" if is_sft else "pairs:500"
@@ -28,9 +28,9 @@ def get_config(loss: str = "dpo"):
   config.microbatch_rows = 8
   config.model.preset = "tiny"
   config.optimizer.name = "adamw"
-  config.optimizer.learning_rate = 3e-3 if is_sft else 5e-4
+  config.optimizer.learning_rate = 3e-3 if is_sft else 3e-4
   config.optimizer.warmup_steps = 20
-  config.optimizer.schedule = "cosine" if is_sft else "constant"
+  config.optimizer.schedule = "cosine"
   config.optimizer.clip = 1.0
   config.log.every = 20
   return config

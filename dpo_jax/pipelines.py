@@ -25,7 +25,7 @@ from dpo_jax.models import transformer
 from dpo_jax.sampling import decode
 from dpo_jax.training import steps
 
-BETAS = (0.1, 0.5)
+BETAS = (0.1, 1.0)
 PREFIXES = 1_500  # that training samples are drawn for
 SAMPLES_PER_PREFIX = 4  # six pairs a prefix, as in the paper
 TEST_PREFIXES = 150

@@ -32,11 +32,11 @@ SMALL = (
 
 def start(*arguments, devices=1, module="launch.train", **environment):
   """Returns the running command."""
-  flag = f"--xla_force_host_platform_device_count={devices}"
+  flags = os.environ["XLA_FLAGS"].replace("count=8", f"count={devices}")
   return subprocess.Popen(
     [sys.executable, "-m", module, *arguments],
     cwd=REPOSITORY,
-    env=os.environ | {"XLA_FLAGS": flag} | environment,
+    env=os.environ | {"XLA_FLAGS": flags} | environment,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,

@@ -1,0 +1,91 @@
+"""The benchmark command, and the operations that it counts."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+
+from dpo_jax import benchmark
+from dpo_jax.models import config as model_config
+from dpo_jax.models import transformer
+from tests import test_end_to_end
+
+
+def test_needed_operations_by_hand():
+  config = model_config.make_config(
+    "tiny", vocab_size=100
+  )  # 2 layers, d 64, mlp 176, 4 heads of 16, 2 key heads
+  lengths = np.array([[3, 2, 1]])
+  block = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 176
+  # Keys seen: prompt 1 + 2 + 3, chosen 4 + 5, rejected 4.
+  forward = (
+    2 * 2 * block * 6 + 4 * 2 * 64 * (6 + 9 + 4) + 2 * 100 * 64 * (2 + 1)
+  )
+  got = benchmark.needed_flops(config, lengths, has_reference=True)
+  assert got == 4 * forward
+  assert benchmark.needed_flops(config, lengths, has_reference=False) == (
+    3 * forward
+  )
+
+
+def test_needed_operations_agree_with_the_compilers_count():
+  """One full row without a reference: XLA's own count of a forward pass."""
+  config = model_config.make_config("bench-58m", vocab_size=1000)
+  params = transformer.param_shapes(config)
+  block = benchmark.needed_flops(
+    config, np.array([[64, 0, 0]]), has_reference=False
+  )
+  matmuls = (
+    3
+    * 2
+    * 64
+    * sum(
+      np.prod(x.shape) for x in jax.tree.leaves(params["blocks"]) if x.ndim > 2
+    )
+  )
+  attention = 3 * 4 * config.num_layers * config.d_model * 64 * 65 / 2
+  np.testing.assert_allclose(block, matmuls + attention)
+
+
+def test_the_command_prints_and_writes_both_layouts(tmp_path):
+  output = tmp_path / "speed.json"
+  process = test_end_to_end.start(
+    "--config=configs/benchmark.py",
+    "--config.data.source=synthetic",
+    "--config.data.path=pairs:100",
+    "--config.data.max_length=64",
+    f"--config.data.cache_dir={tmp_path}",
+    "--config.model.preset=tiny",
+    "--config.model.vocab_size=0",
+    "--rounds=2",
+    "--steps=2",
+    f"--output={output}",
+    module="launch.benchmark",
+  )
+  out, err = process.communicate(timeout=300)
+  assert process.returncode == 0, out + err
+  assert "pairs/s" in out and "peak memory" in out
+  layouts = json.loads(output.read_text())["layouts"]
+  mirrored, padded = layouts["mirrored"], layouts["padded"]
+  assert mirrored["needed_flops_per_step"] == padded["needed_flops_per_step"]
+  assert mirrored["padding_fraction"] < padded["padding_fraction"]
+  assert 0 < mirrored["share_of_matmul_rate"] < 1
+  # The documented way to compare with another program reads that output.
+  rate = [line for line in out.splitlines() if "pairs/s" in line][0]
+  script = "docs/results/side_by_side.py"
+  done = subprocess.run(
+    [
+      sys.executable,
+      script,
+      "--rounds=1",
+      f"a=echo '{rate}'",
+      "b=echo 1.0 pairs/s",
+    ],
+    capture_output=True,
+    text=True,
+    check=True,
+    cwd=test_end_to_end.REPOSITORY,
+  )
+  assert "a is 1.00 times as fast" in done.stdout
