@@ -92,10 +92,8 @@ def run(sweep: Sweep) -> int:
   display_of = display.make_display(len(sweep.points))
   with _signals() as received, display_of as shown:
     queue = _Queue(sweep, shown)
-    stopping = False
     while not queue.is_empty:
-      if received and not stopping:
-        stopping = True
+      if received:
         queue.stop()
       queue.start()
       time.sleep(POLL_SECONDS)
@@ -126,6 +124,7 @@ class _Queue:
     is_busy = lambda point: sweep.launcher.is_busy(sweep.log(point))
     self._waiting.sort(key=is_busy, reverse=True)
     self._jobs: dict[str, tuple[Point, launchers.Job, float]] = {}
+    self._is_stopping = False
     self.failed: dict[str, int] = {}  # exit status by the point's name
 
   @property
@@ -157,13 +156,18 @@ class _Queue:
         self._shown.progress(name, self._sweep.run_folder(point))
         continue
       del self._jobs[name]
+      how = "finished"
       if status:
         self.failed[name] = status
-      how = f"failed with status {status}" if status else "finished"
+        what = "stopped" if self._is_stopping else "failed"
+        how = f"{what} with status {status}"
       self._shown.end(name, f"{how} after {time.monotonic() - start:.0f} s")
 
   def stop(self) -> None:
-    """Starts nothing more, and asks what runs to end; to be called once."""
+    """Starts nothing more, and asks what runs to end, once."""
+    if self._is_stopping:
+      return  # a second SIGTERM would cut a run's last save short
+    self._is_stopping = True
     self._waiting.clear()
     for _, job, _ in self._jobs.values():
       job.stop()
