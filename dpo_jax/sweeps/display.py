@@ -99,7 +99,8 @@ class Live:
     table = rich.table.Table(
       f"{self._num_ended} of {self._num_points} ended", "step", box=None
     )
-    for name, text in self._under_way.items():
+    # A copy: this runs in the thread of `Live`, beside the sweep's.
+    for name, text in list(self._under_way.items()):
       table.add_row(name, text)
     return table
 

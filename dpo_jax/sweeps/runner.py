@@ -109,7 +109,8 @@ def run(sweep: Sweep) -> int:
     results.read_row(point, sweep.run_folder(point), sweep.is_finished(point))
     for point in sweep.points
   ]
-  print(results.write(sweep.folder, rows, metric=sweep.metric, x=sweep.x))
+  table = results.write(sweep.folder, rows, metric=sweep.metric, x=sweep.x)
+  print(f"{table}{sweep.folder}: sweep.csv, sweep.md, sweep.png")
   return 1 if failed else 0
 
 
