@@ -78,32 +78,22 @@ def write(
   folder.mkdir(parents=True, exist_ok=True)
   known = sorted({key for row in rows for key in row.metrics})
   keys = sorted({key for row in rows for key in row.point.values})
-  table = io.StringIO()
-  writer = csv.writer(table, lineterminator="\n")
-  writer.writerow(["run", *keys, "status", *known])
-  for row in rows:
-    values = [row.point.values.get(key, "") for key in keys]
-    found = [row.metrics.get(key, "") for key in known]
-    writer.writerow([row.point.name, *values, row.status, *found])
-  _replace(folder / "sweep.csv", table.getvalue().encode())
-  metric = (
-    metric if metric.startswith(("eval/", "train/")) else f"eval/{metric}"
-  )
+  _replace(folder / "sweep.csv", _csv(rows, keys, known).encode())
+  if not metric.startswith(("eval/", "train/")):
+    metric = f"eval/{metric}"
   if known and metric not in known:
     raise ValueError(
       f"--metric={metric}: no run has it; there are: {', '.join(known)}"
     )
-  text = markdown(
-    [*keys, "status", metric],
+  cells = [
     [
-      [
-        *(_text(row.point.values.get(key, "")) for key in keys),
-        row.status,
-        f"{row.metrics[metric]:.4g}" if metric in row.metrics else "",
-      ]
-      for row in rows
-    ],
-  )
+      *(_text(row.point.values.get(key, "")) for key in keys),
+      row.status,
+      f"{row.metrics[metric]:.4g}" if metric in row.metrics else "",
+    ]
+    for row in rows
+  ]
+  text = markdown([*keys, "status", metric], cells)
   _replace(folder / "sweep.md", text.encode())
   image = io.BytesIO()
   fig = figure.Figure(figsize=(5.5, 3.8), layout="constrained")
@@ -120,14 +110,20 @@ def lines_of(
 
   A line is a loss, and what the points differ in besides x and the seed.
   """
+  known = {key for row in rows for key in row.point.values}
+  differing = [
+    key
+    for key in sorted(known - {x, SEED, ARGUMENT})
+    if len({row.point.values.get(key) for row in rows}) > 1
+  ]
   lines = {}
   for row in rows:
     place = run_folder.flatten(row.point.settings).get(x)
     if metric in row.metrics and _is_number(place):
       others = [
-        f"{key} {_text(value)}"
-        for key, value in row.point.values.items()
-        if key not in (x, SEED, ARGUMENT)
+        f"{key} {_text(row.point.values[key])}"
+        for key in differing
+        if key in row.point.values
       ]
       label = ", ".join([row.point.settings["loss"]["name"], *others])
       places = lines.setdefault(label, {})
@@ -149,9 +145,11 @@ def draw(ax: axes.Axes, rows: Sequence[Row], *, metric: str, x: str) -> None:
     ax.plot(places, mean, label=label, marker=marker, markersize=5, **style)
     ax.vlines(places, low, high, linewidth=1, **style)
     ax.fill_between(places, low, high, alpha=0.15, linewidth=0, **style)
-  places = [place for values in lines.values() for place in values]
-  if places and min(places) > 0 and max(places) >= 10 * min(places):
+  places = sorted({place for values in lines.values() for place in values})
+  if places and places[0] > 0 and places[-1] >= 10 * places[0]:
     ax.set_xscale("log")
+    ax.minorticks_off()
+    ax.set_xticks(places, [f"{place:g}" for place in places])
   ax.set_xlabel(x)
   ax.set_ylabel(metric)
   ax.spines[["top", "right"]].set_visible(False)
@@ -170,6 +168,19 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     for row in (header, rule, *rows)
   ]
   return "".join(f"| {line} |\n" for line in lines)
+
+
+def _csv(
+  rows: Sequence[Row], keys: Sequence[str], metrics: Sequence[str]
+) -> str:
+  text = io.StringIO()
+  writer = csv.writer(text, lineterminator="\n")
+  writer.writerow(["run", *keys, "status", *metrics])
+  for row in rows:
+    values = [row.point.values.get(key, "") for key in keys]
+    found = [row.metrics.get(key, "") for key in metrics]
+    writer.writerow([row.point.name, *values, row.status, *found])
+  return text.getvalue()
 
 
 def _text(value: Any) -> str:

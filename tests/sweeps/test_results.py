@@ -92,11 +92,13 @@ def test_a_line_is_a_loss_and_seeds_are_its_band():
   assert (band[:, 1].min(), band[:, 1].max()) == (0.5, 0.8)
 
 
-def test_other_keys_make_lines_of_their_own():
-  rates = {"optimizer.learning_rate": 0.01}
-  ax = draw([*ROWS, make_row("dpo", 0.03, 0, 0.9, **rates)])
-  labels = [line.get_label() for line in ax.lines]
-  assert labels == ["dpo", "ipo", "dpo, optimizer.learning_rate 0.01"]
+def test_other_keys_make_lines_of_their_own_where_they_differ():
+  rate = "optimizer.learning_rate"
+  rows = [make_row("dpo", 0.1, 0, 0.9, **{rate: 0.01}) for _ in range(2)]
+  assert [line.get_label() for line in draw(rows).lines] == ["dpo"]
+  rows.append(make_row("dpo", 0.1, 0, 0.9, **{rate: 0.1}))
+  labels = [line.get_label() for line in draw(rows).lines]
+  assert labels == [f"dpo, {rate} 0.01", f"dpo, {rate} 0.1"]
 
 
 def test_the_axis_is_logarithmic_from_a_decade_on():
