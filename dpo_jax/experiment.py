@@ -109,6 +109,16 @@ def build(config: ConfigDict) -> Experiment:
   )
 
 
+def check(config: ConfigDict) -> None:
+  """Checks the loss and the optimizer; reads no data, touches no device.
+
+  Raises:
+    ValueError: one of their options is not right.
+  """
+  make_objective(config)
+  _make_optimizer(config, max(config.steps, 1))
+
+
 def to_plain(config: ConfigDict) -> dict[str, Any]:
   """Returns the config as JSON would have it."""
   return json.loads(config.to_json())

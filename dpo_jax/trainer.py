@@ -56,7 +56,10 @@ def train(config: ConfigDict, workdir: str) -> bool:
   for line in describe(experiment):
     _say(line)
   with jax.set_mesh(experiment.mesh):
-    return _train(experiment, pathlib.Path(workdir))
+    finished = _train(experiment, pathlib.Path(workdir))
+  if finished and jax.process_index() == 0:
+    run_folder.mark_finished(workdir)
+  return finished
 
 
 def export(

@@ -41,6 +41,27 @@ def run(
     sys.exit(2)
 
 
+def load_config(
+  path: str, overrides: Mapping[str, Any]
+) -> config_dict.ConfigDict:
+  """Returns the config of `--config=path` with `--config.KEY=VALUE` overrides.
+
+  Raises:
+    ValueError: what a script started with these flags would say.
+  """
+  argv = ["", f"--config={path}"]
+  argv += [f"--config.{key}={value}" for key, value in overrides.items()]
+  values = flags.FlagValues()
+  config = config_flags.DEFINE_config_file(
+    "config", None, flag_values=values, sys_argv=argv
+  )
+  try:
+    _read_flags(values, argv)
+  except flags.Error as error:
+    raise ValueError(str(error)) from error
+  return config.value
+
+
 def _parse_flags(num_arguments: int, argv: list[str]) -> list[str]:
   """Returns what is left of `argv` when the flags are taken out of it.
 
@@ -51,29 +72,10 @@ def _parse_flags(num_arguments: int, argv: list[str]) -> list[str]:
     SystemExit: with status 0, after help.
   """
   try:
-    rest = flags.FLAGS(argv)
-    for flag in _config_flags():
-      # ml_collections keeps a failure to load for the first use: this is one.
-      getattr(flag.value, "is_locked", None)
+    rest = _read_flags(flags.FLAGS, argv)
   except SystemExit as done:
     # absl's help flags exit with 1.
     raise SystemExit(0) from done
-  except (KeyError, AttributeError):
-    _raise_for_unknown_keys(argv)
-    raise
-  except TypeError as error:
-    raise ValueError(
-      f"a config override has the wrong type: {error}"
-    ) from error
-  except OSError as error:
-    raise ValueError(_unread_config(argv, error)) from error
-  except flags.IllegalFlagValueError as error:
-    # An error within get_config comes with the text of its traceback.
-    first, *more = str(error).splitlines()
-    if not more:
-      raise
-    name = first.split(": ")[0].removeprefix("flag ")
-    raise ValueError(f"{name}: {_innermost(error)}") from error
   unexpected = rest[1 + num_arguments :]
   if unexpected:
     raise ValueError(
@@ -85,16 +87,42 @@ def _parse_flags(num_arguments: int, argv: list[str]) -> list[str]:
   return rest
 
 
+def _read_flags(values: flags.FlagValues, argv: list[str]) -> list[str]:
+  """Returns what is left of `argv`; mistakes in a config become one line."""
+  try:
+    rest = values(argv)
+    for flag in _config_flags(values):
+      # ml_collections keeps a failure to load for the first use: this is one.
+      getattr(flag.value, "is_locked", None)
+  except (KeyError, AttributeError):
+    _raise_for_unknown_keys(values, argv)
+    raise
+  except TypeError as error:
+    raise ValueError(
+      f"a config override has the wrong type: {error}"
+    ) from error
+  except OSError as error:
+    raise ValueError(_unread_config(values, argv, error)) from error
+  except flags.IllegalFlagValueError as error:
+    # An error within get_config comes with the text of its traceback.
+    first, *more = str(error).splitlines()
+    if not more:
+      raise
+    name = first.split(": ")[0].removeprefix("flag ")
+    raise ValueError(f"{name}: {_innermost(error)}") from error
+  return rest
+
+
 def _innermost(error: BaseException) -> str:
   while (inner := error.__cause__ or error.__context__) is not None:
     error = inner
   return str(error)
 
 
-def _config_flags() -> Iterator[flags.Flag]:
-  for name in flags.FLAGS:
-    if config_flags.is_config_flag(flags.FLAGS[name]):
-      yield flags.FLAGS[name]
+def _config_flags(values: flags.FlagValues) -> Iterator[flags.Flag]:
+  for name in values:
+    if config_flags.is_config_flag(values[name]):
+      yield values[name]
 
 
 def _config_path(flag: flags.Flag, argv: list[str]) -> str | None:
@@ -107,18 +135,20 @@ def _config_path(flag: flags.Flag, argv: list[str]) -> str | None:
   return path
 
 
-def _unread_config(argv: list[str], error: OSError) -> str:
+def _unread_config(
+  values: flags.FlagValues, argv: list[str], error: OSError
+) -> str:
   """Returns what to say of a config that could not be loaded."""
-  for flag in _config_flags():
+  for flag in _config_flags(values):
     path = _config_path(flag, argv) or ""
     if not os.path.isfile(path.split(":")[0]):
       return f"--{flag.name}={path}: there is no such config file"
   return f"a config cannot be loaded: {_innermost(error)}"
 
 
-def _raise_for_unknown_keys(argv: list[str]) -> None:
+def _raise_for_unknown_keys(values: flags.FlagValues, argv: list[str]) -> None:
   """Raises a ValueError that names an override's key that no config has."""
-  for flag in _config_flags():
+  for flag in _config_flags(values):
     path = _config_path(flag, argv)
     if path is None:
       continue

@@ -21,6 +21,7 @@ FLOORS = {
   "trainer": 7,
   "benchmark": 8,
   "pipelines": 8,
+  "sweeps": 8,
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -3,6 +3,7 @@
 config.json    every key of the config
 model/         the decoder's config.json in Hugging Face format, tokenizer
 checkpoints/   see `manager`
+finished       empty; there when the run of config.json came to its end
 """
 
 import json
@@ -11,6 +12,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+FINISHED = "finished"
+LENGTH_KEYS = ("steps", "epochs")
 MODEL_FOLDER = "model"
 # What may differ when a run is taken up again.
 MUTABLE_KEYS = (
@@ -57,11 +60,45 @@ def check_config(
 def write_config(
   workdir: str | os.PathLike[str], config: Mapping[str, Any]
 ) -> None:
-  """Writes config.json, whole or not at all."""
+  """Writes config.json, whole or not at all; the run is not finished."""
   path = pathlib.Path(workdir) / "config.json"
+  # First, or a longer run of this folder would look finished.
+  (path.parent / FINISHED).unlink(missing_ok=True)
   part = path.with_suffix(".part")
   part.write_text(json.dumps(config, indent=2) + "\n")
   part.replace(path)
+
+
+def mark_finished(workdir: str | os.PathLike[str]) -> None:
+  """Says that the run of config.json came to its end."""
+  (pathlib.Path(workdir) / FINISHED).touch()
+
+
+def is_finished(
+  workdir: str | os.PathLike[str], config: Mapping[str, Any]
+) -> bool:
+  """Returns whether a run as long as this config's came to its end here.
+
+  Args:
+    workdir: the run folder, which need not exist.
+    config: one that `check_config` lets go on in the folder.
+  """
+  folder = pathlib.Path(workdir)
+  if not (folder / FINISHED).exists():
+    return False
+  before = json.loads((folder / "config.json").read_text())
+  return all(before[key] == config[key] for key in LENGTH_KEYS)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Returns the values of nested mappings by their dotted keys."""
+  flat = {}
+  for key, value in tree.items():
+    if isinstance(value, Mapping):
+      flat |= flatten(value, f"{prefix}{key}.")
+    else:
+      flat[prefix + key] = value
+  return flat
 
 
 def _fixed(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,14 +106,4 @@ def _fixed(tree: Mapping[str, Any]) -> dict[str, Any]:
   is_mutable = lambda key: any(
     (key + ".").startswith(mutable + ".") for mutable in MUTABLE_KEYS
   )
-  return {k: v for k, v in _flatten(tree).items() if not is_mutable(k)}
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  flat = {}
-  for key, value in tree.items():
-    if isinstance(value, Mapping):
-      flat |= _flatten(value, f"{prefix}{key}.")
-    else:
-      flat[prefix + key] = value
-  return flat
+  return {k: v for k, v in flatten(tree).items() if not is_mutable(k)}

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import datasets
+import filelock
 import numpy as np
 import pyarrow as pa
 from absl import logging
@@ -119,7 +120,8 @@ def load(
     inputs: `pairs` or `demonstrations`.
     max_length: tokens in prompt and response together.
     max_prompt_length: tokens in a prompt.
-    is_builder: whether this process builds; exactly one must.
+    is_builder: whether this process of the run builds; exactly one must.
+      Of several runs one builds, and the others wait for it.
     barrier: called once by every process; returns when all have called it.
 
   Raises:
@@ -143,9 +145,13 @@ def load(
     if is_builder:
       dataset = _open(folder)
     if is_builder and dataset is None:
-      shutil.rmtree(folder, ignore_errors=True)
-      rows = examples.read(source, path, split=split, inputs=inputs)
-      _write(folder, *_tokenize(rows, path, tokenizer, settings))
+      folder.parent.mkdir(parents=True, exist_ok=True)
+      with filelock.FileLock(folder.with_suffix(".lock")):
+        dataset = _open(folder)  # another run may have built it meanwhile
+        if dataset is None:
+          shutil.rmtree(folder, ignore_errors=True)
+          rows = examples.read(source, path, split=split, inputs=inputs)
+          _write(folder, *_tokenize(rows, path, tokenizer, settings))
   finally:
     barrier()  # also on an error, or the others would wait for ever
   dataset = dataset or _open(folder)
@@ -188,11 +194,7 @@ def _write(
     datasets.Dataset(table).save_to_disk(partial)
     written = dataclasses.asdict(report) | {"sha256": _checksum(partial)}
     (partial / REPORT).write_text(json.dumps(written, indent=2) + "\n")
-    try:
-      partial.rename(folder)
-    except OSError:
-      if not folder.exists():  # else another run was faster
-        raise
+    partial.rename(folder)
   finally:
     shutil.rmtree(partial, ignore_errors=True)
 

@@ -1,5 +1,7 @@
 """The Arrow cache: found again, keyed by content, rebuilt when damaged."""
 
+import concurrent.futures
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -45,7 +47,7 @@ def count_builds(monkeypatch):
 
 
 def folders(tmp_path):
-  return sorted((tmp_path / "cache").iterdir())
+  return sorted(p for p in (tmp_path / "cache").iterdir() if p.is_dir())
 
 
 def as_lists(tokens):
@@ -186,17 +188,20 @@ def test_no_row_kept_is_refused_with_the_reasons(load, tmp_path):
     load(max_length=1)
 
 
-def test_two_runs_that_build_at_once_agree(load, tmp_path, monkeypatch):
-  """The second builds while the first is about to put its cache in place."""
-  checksum, runs = dataset._checksum, []
+def test_a_run_waits_for_another_that_builds(load, monkeypatch, count_builds):
+  """The second starts while the first is about to put its cache in place."""
+  checksum, second = dataset._checksum, []
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
 
-  def build_beside(folder):
-    if not runs:
-      runs.append(None)
-      runs.append(load())
-    return checksum(folder)
+    def start_beside(folder):
+      if not second:
+        second.append(pool.submit(load))
+        with pytest.raises(concurrent.futures.TimeoutError):
+          second[0].result(timeout=0.5)
+      return checksum(folder)
 
-  monkeypatch.setattr(dataset, "_checksum", build_beside)
-  tokens = load()
-  np.testing.assert_array_equal(tokens.lengths, runs[1].lengths)
-  assert len(folders(tmp_path)) == 1
+    monkeypatch.setattr(dataset, "_checksum", start_beside)
+    tokens = load()
+    waited = second[0].result(timeout=20)
+  np.testing.assert_array_equal(tokens.lengths, waited.lengths)
+  assert len(count_builds) == 1

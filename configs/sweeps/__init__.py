@@ -1,0 +1,1 @@
+"""Points of sweeps as plain Python: `get_points() -> list of dicts`."""

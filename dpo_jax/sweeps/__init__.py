@@ -1,0 +1,1 @@
+"""Many runs: what they are, how they start, and the table they end in."""
