@@ -57,8 +57,9 @@ def get_config() -> config_dict.ConfigDict:
   config.loss.sft_weight = 0.0  # weight of the chosen responses' token mean NLL
 
   config.reference = config_dict.ConfigDict()
-  # live: frozen, in the same program; none. A loss without a reference
-  # never traces one.
+  # live: frozen, in the same program; cached: its log-probabilities, computed
+  # once and kept in `data.cache_dir`; none. A loss without a reference never
+  # traces one.
   config.reference.mode = "live"
   config.reference.path = ""  # empty: the policy as it starts
   config.reference.dtype = "auto"  # auto: as model.dtype

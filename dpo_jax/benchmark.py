@@ -146,7 +146,7 @@ class _Run:
     self.pairs = config.batch_size
     self._next = 0
     with jax.set_mesh(self.experiment.mesh):
-      self._state = trainer.init_state(self.experiment)
+      self.experiment, self._state = trainer.init_state(self.experiment)
       first = trainer.host_batch(self.experiment, 0).batch
       self._step = trainer.compile_train_step(
         self.experiment, self._state, first

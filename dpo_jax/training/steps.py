@@ -39,7 +39,8 @@ class Scorer:
 
   Attributes:
     policy: configuration of the policy's decoder.
-    reference: configuration of the reference's; None never traces it.
+    reference: configuration of the reference's; None never traces it, and
+      its log-probabilities come with the batch if the loss needs them.
     objective: the loss with its modifiers.
     chunk_length: scored positions of a row that meet the vocabulary at once.
   """
@@ -176,12 +177,20 @@ def make_score_step(
   """Returns `score(params, reference, batch) -> PairScores`, no gradient."""
 
   def score(params, reference, batch):
-    return _loop(
+    scores = _loop(
       batch,
       lambda rows: scorer.scores(params, reference, rows, batch.lengths),
     )
+    return _with_cached(scores, batch.reference)
 
   return score
+
+
+def _with_cached(scores: PairScores, reference: Array | None) -> PairScores:
+  """Returns the scores with the reference that came with the batch, if any."""
+  if reference is None:
+    return scores
+  return dataclasses.replace(scores, reference=reference)
 
 
 def _loop(batch: Batch, body: Callable[[Rows], Any]) -> Any:
@@ -209,6 +218,10 @@ def _pairwise_gradient(scorer, params, reference, batch):
   def loss_fn(params, rows):
     scores = scorer.scores(params, reference, rows, batch.lengths)
     here = _present(rows, len(batch.lengths))
+    if batch.reference is not None:
+      # As a traced reference has it: 0 for the pairs of other rows.
+      cached = jnp.where(here[:, None], batch.reference, 0)
+      scores = _with_cached(scores, cached)
     loss, losses = scorer.mean_loss(scores, batch.lengths, here)
     return loss, (scores, losses)
 
