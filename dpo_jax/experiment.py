@@ -219,20 +219,23 @@ def _make_reference(config, objective, policy, shardings, mesh):
   """Returns what the reference is, and how its weights come."""
   options = config.reference
   reference_lib.check_mode(options.mode, objective)
+  make = functools.partial(
+    reference_lib.make_reference, alpha=options.alpha, every=options.every
+  )
   if not objective.needs_reference:
     if options.path:
       raise ValueError(
         f"reference.path='{options.path}': loss '{config.loss.name}' has no"
         " reference"
       )
-    return reference_lib.Reference("none"), lambda params: None
+    return make(options.mode, None), lambda params: None
   dtype = policy.dtype if options.dtype == "auto" else options.dtype
   if not options.path:
     model = dataclasses.replace(policy, param_dtype=dtype)
     copy = functools.partial(
       state.copy_params, dtype=dtype, shardings=shardings
     )
-    return reference_lib.Reference(options.mode, model), copy
+    return make(options.mode, model), copy
   opened = source.open_model(options.path)
   if opened.config.vocab_size != policy.vocab_size:
     raise ValueError(
@@ -245,7 +248,16 @@ def _make_reference(config, objective, policy, shardings, mesh):
   layouts = sharding.array_shardings(
     mesh, transformer.logical_axes(model), transformer.param_shapes(model)
   )
-  reference = reference_lib.Reference(options.mode, model)
+  reference = make(options.mode, model)
+  shapes, wanted = (
+    jax.tree.map(lambda x: x.shape, transformer.param_shapes(config))
+    for config in (model, policy)
+  )
+  if reference.moves and shapes != wanted:
+    raise ValueError(
+      f"reference.mode={options.mode!r}: the reference at {options.path!r} has"
+      " parameters of other shapes than the policy's, to which it should move"
+    )
   return reference, lambda params: opened.load(model, layouts)
 
 

@@ -147,7 +147,10 @@ def compile_train_step(
   """Returns the compiled step; it donates the state."""
   layouts = jax.tree.map(lambda x: x.sharding, first)
   step = steps.make_train_step(
-    experiment.scorer, experiment.optimizer, experiment.learning_rate
+    experiment.scorer,
+    experiment.optimizer,
+    experiment.learning_rate,
+    experiment.reference,
   )
   jitted = jax.jit(
     step,
@@ -236,11 +239,13 @@ def _train(experiment: Experiment, workdir: pathlib.Path) -> bool:
   ) as checkpoints:
     done = 0
     if checkpoints.latest_step() is not None:
-      begun, reference = first.without_reference(), first.reference
+      begun = _saved(experiment, first)
       wanted = state.abstract_state(begun)
       jax.tree.map(lambda x: x.delete(), begun)  # room for what is read
       done, restored = checkpoints.restore(wanted)
-      first = dataclasses.replace(restored, reference=reference)
+      if not experiment.reference.moves:
+        restored = dataclasses.replace(restored, reference=first.reference)
+      first = restored
       _say(f"goes on from step {done} of {experiment.schedule.last_step}")
     if done >= experiment.schedule.last_step:
       _say(f"finished at step {done}: nothing to do")
@@ -255,6 +260,15 @@ def _train(experiment: Experiment, workdir: pathlib.Path) -> bool:
       return _run_loop(experiment, first, done, checkpoints, record)
 
 
+def _saved(
+  experiment: Experiment, train_state: state.TrainState
+) -> state.TrainState:
+  """Returns what a checkpoint holds: a reference that stays is read again."""
+  if experiment.reference.moves:
+    return train_state
+  return train_state.without_reference()
+
+
 def _run_loop(experiment, first, done, checkpoints, record) -> bool:
   train_step = compile_train_step(
     experiment, first, host_batch(experiment, done).batch
@@ -267,7 +281,7 @@ def _run_loop(experiment, first, done, checkpoints, record) -> bool:
 
   def save(step, train_state, eval_metrics):
     checkpoints.save(
-      step, train_state.without_reference(), eval_metrics, force=True
+      step, _saved(experiment, train_state), eval_metrics, force=True
     )
 
   _, finished = loop.run(

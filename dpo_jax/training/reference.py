@@ -5,7 +5,12 @@ cached  a file, written once and read by every run that needs the same ones:
         the step holds no reference and computes none. Rows are packed in
         another order there, so values differ by rounding; where policy equals
         reference, margins are 1e-5 nats instead of 0 and accuracy is chance
+ema     as live, and every few updates it moves part of the way to the policy
+sync    as live, and every few updates it becomes the policy
 none    nowhere: the loss has no reference
+
+`ema` and `sync` are the soft and the hard update of TR-DPO (Gorbatovski et
+al. 2024, arXiv 2404.09656).
 """
 
 import contextlib
@@ -20,14 +25,18 @@ from collections.abc import Callable, Iterator, Mapping
 
 import filelock
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
 from dpo_jax.data import loader
 from dpo_jax.losses import preference
 from dpo_jax.models import config as model_config
+from dpo_jax.types import Array, Params
 
-MODES = ("live", "cached", "none")
+MODES = ("live", "cached", "ema", "sync", "none")
+MOVING_MODES = ("ema", "sync")
+ALPHA, EVERY = 0.6, 512  # TR-DPO's soft weight and its hard interval
 # To be raised with any change of what is in a cache of log-probabilities.
 CACHE_VERSION = 1
 _HASHED_PAIRS = 4096  # whose tokens are in memory at once
@@ -35,21 +44,28 @@ _HASHED_PAIRS = 4096  # whose tokens are in memory at once
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-  """How a run comes by reference log-probabilities; see `make_reference`.
+  """How a run comes by reference log-probabilities.
 
   Attributes:
     mode: one of `MODES`.
     model: the reference's decoder; None where the loss has no reference.
+    alpha: the policy's share in an update of a reference that moves.
+    every: training steps between updates of the reference.
   """
 
   mode: str
   model: model_config.ModelConfig | None = None
+  alpha: float | None = None
+  every: int | None = None
 
   def __str__(self) -> str:
     """Returns what a run says of itself at its start."""
     if self.model is None:
       return "none"
-    return f"{self.mode}, {self.model.param_dtype}"
+    text = f"{self.mode}, {self.model.param_dtype}"
+    if self.moves:
+      text += f", alpha {self.alpha:g} every {self.every} steps"
+    return text
 
   @property
   def traced(self) -> model_config.ModelConfig | None:
@@ -61,6 +77,78 @@ class Reference:
     """Whether log-probabilities come with the batch."""
     return self.mode == "cached" and self.model is not None
 
+  @property
+  def moves(self) -> bool:
+    """Whether training changes the reference."""
+    return self.mode in MOVING_MODES and self.model is not None
+
+  def updated(self, step: Array, params: Params, policy: Params) -> Params:
+    """Returns the reference's parameters after training step `step`.
+
+    Gorbatovski et al. 2024 (arXiv 2404.09656), soft and hard update:
+    reference <- alpha policy + (1 - alpha) reference at every multiple of
+    `every`, else unchanged. In float32, rounded to the reference's dtype:
+    with bfloat16 a change below 1 part in 256 is lost.
+
+    Args:
+      step: i32[], updates of the policy done, counted from 1.
+      params: the reference's before.
+      policy: the policy's after its update.
+    """
+    if not self.moves:
+      return params
+
+    def mix(old, new):
+      old32, new32 = old.astype(jnp.float32), new.astype(jnp.float32)
+      mixed = self.alpha * new32 + (1 - self.alpha) * old32
+      return mixed.astype(old.dtype)
+
+    return jax.lax.cond(
+      step % self.every == 0,
+      lambda: jax.tree.map(mix, params, policy),
+      lambda: params,
+    )
+
+
+def make_reference(
+  mode: str,
+  model: model_config.ModelConfig | None,
+  *,
+  alpha: float | None = None,
+  every: int | None = None,
+) -> Reference:
+  """Returns a reference with its settings checked and filled in.
+
+  Args:
+    mode: one of `MODES`.
+    model: the reference's decoder; None where the loss has no reference.
+    alpha: for `ema` only, in (0, 1]; `sync` has 1. None is TR-DPO's 0.6.
+    every: for `ema` and `sync`, at least 1. None is TR-DPO's 512.
+
+  Raises:
+    ValueError: a number out of range or that the mode does not honour.
+  """
+  if alpha is not None and mode != "ema":
+    raise ValueError(
+      f"reference.alpha={alpha:g}: reference.mode={mode!r} does not honour it;"
+      " 'ema' does"
+    )
+  if mode not in MOVING_MODES:
+    if every is not None:
+      raise ValueError(
+        f"reference.every={every}: reference.mode={mode!r} does not honour it;"
+        f" {' and '.join(MOVING_MODES)} do"
+      )
+    return Reference(mode, model)
+  if alpha is None:
+    alpha = ALPHA if mode == "ema" else 1.0
+  every = EVERY if every is None else every
+  if not 0 < alpha <= 1:
+    raise ValueError(f"reference.alpha={alpha:g}: must be in (0, 1]")
+  if every < 1:
+    raise ValueError(f"reference.every={every}: must be at least 1")
+  return Reference(mode, model, alpha, every)
+
 
 def check_mode(mode: str, objective: preference.Objective) -> None:
   """Raises ValueError unless a run of this loss can have this mode."""
@@ -71,6 +159,10 @@ def check_mode(mode: str, objective: preference.Objective) -> None:
   if mode == "none" and objective.needs_reference:
     raise ValueError(
       f"reference.mode='none': loss {objective.loss.name!r} needs a reference"
+    )
+  if mode in MOVING_MODES and not objective.needs_reference:
+    raise ValueError(
+      f"reference.mode={mode!r}: loss {objective.loss.name!r} has no reference"
     )
 
 

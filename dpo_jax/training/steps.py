@@ -19,6 +19,7 @@ from dpo_jax.losses import logprobs, modifiers, preference
 from dpo_jax.models import config as model_config
 from dpo_jax.models import transformer
 from dpo_jax.training import metrics as metrics_lib
+from dpo_jax.training import reference as reference_lib
 from dpo_jax.training import state as state_lib
 from dpo_jax.types import Array, Batch, Params, Rows
 
@@ -136,6 +137,7 @@ def make_train_step(
   scorer: Scorer,
   optimizer: optax.GradientTransformation,
   schedule: Callable[[Array], Array],
+  reference: reference_lib.Reference | None = None,
 ) -> Callable[
   [state_lib.TrainState, Batch], tuple[state_lib.TrainState, dict[str, Array]]
 ]:
@@ -145,6 +147,7 @@ def make_train_step(
     scorer: the log-probabilities and the loss.
     optimizer: clips and updates.
     schedule: the learning rate, reported only.
+    reference: how the reference's parameters move; None leaves them.
   """
   gradient = (
     _coupled_gradient
@@ -160,11 +163,16 @@ def make_train_step(
     metrics = scorer.metrics(scores, losses, batch.lengths)
     metrics["grad_norm"] = optax.global_norm(grads)
     metrics["learning_rate"] = schedule(state.step)
+    params = optax.apply_updates(state.params, updates)
+    held = state.reference
+    if reference is not None:
+      held = reference.updated(state.step + 1, held, params)
     state = dataclasses.replace(
       state,
       step=state.step + 1,
-      params=optax.apply_updates(state.params, updates),
+      params=params,
       opt_state=opt_state,
+      reference=held,
     )
     return state, metrics
 

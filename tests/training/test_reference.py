@@ -1,5 +1,7 @@
 """Where reference log-probabilities come from: modes, and their cache."""
 
+import functools
+import json
 import multiprocessing
 import pathlib
 import time
@@ -10,7 +12,7 @@ import pytest
 
 from configs import quickstart
 from dpo_jax import experiment as experiment_lib
-from dpo_jax import trainer
+from dpo_jax import sharding, trainer
 from dpo_jax.data import dataset
 from dpo_jax.losses import preference
 from dpo_jax.models import config as model_config
@@ -18,6 +20,7 @@ from dpo_jax.training import reference
 
 TINY = model_config.make_config("tiny")
 DPO = preference.make_objective("dpo", {"beta": 0.1})
+MAKE_MESH = sharding.make_mesh
 COMPUTES, READS = "computes log-probabilities", "read from"
 
 
@@ -35,6 +38,17 @@ def _config(folder, mode, loss="dpo", **settings):
   config.reference.mode = mode
   config.update_from_flattened_dict(settings)
   return config
+
+
+def _use_devices(monkeypatch, count):
+  make_mesh = functools.partial(MAKE_MESH, devices=jax.devices()[:count])
+  monkeypatch.setattr(sharding, "make_mesh", make_mesh)
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+  """Keeps the runs of this file on one device, unless a test says more."""
+  _use_devices(monkeypatch, 1)
 
 
 class _Run:
@@ -105,8 +119,11 @@ def test_cached_has_the_losses_of_live_and_holds_no_reference(tmp_path, capfd):
   _assert_same([cached.evaluate()], [live.evaluate()], atol=1e-3)
 
 
-@pytest.mark.parametrize("loss", ["aot", "ipo"])
-def test_cached_equals_live_over_many_microbatches(tmp_path, loss):
+@pytest.mark.parametrize("loss, devices", [("aot", 1), ("ipo", 8)])
+def test_cached_equals_live_over_many_microbatches(
+  tmp_path, loss, devices, monkeypatch
+):
+  _use_devices(monkeypatch, devices)
   small = {"data.row_length": 64, "batch_size": 32}
   runs = [_Run(_config(tmp_path, m, loss, **small)) for m in ("live", "cached")]
   assert len(trainer.host_batch(runs[0].experiment, 0).batch.rows.tokens) > 1
@@ -114,16 +131,14 @@ def test_cached_equals_live_over_many_microbatches(tmp_path, loss):
   _assert_same(cached, live, atol=1e-4)
 
 
-def test_ld_alpha_has_a_cache_of_its_own(tmp_path, capfd):
+def test_cached_sums_have_the_weights_of_ld_alpha(tmp_path):
   settings = {"data.eval_path": "", "loss.ld_alpha": 0.5}
-  _Run(_config(tmp_path, "cached", **{"data.eval_path": ""}))
-  weighted = _Run(_config(tmp_path, "cached", **settings))
-  assert capfd.readouterr().out.count(COMPUTES) == 2
-  live = _Run(_config(tmp_path, "live", **settings))
-  _assert_same(weighted.steps(0, 2), live.steps(0, 2), atol=1e-4)
+  runs = [_Run(_config(tmp_path, m, **settings)) for m in ("live", "cached")]
+  live, cached = (run.steps(0, 2) for run in runs)
+  _assert_same(cached, live, atol=1e-4)
 
 
-def test_a_sweep_computes_once_and_a_damaged_cache_again(tmp_path, capfd):
+def test_a_sweep_computes_once(tmp_path, capfd):
   settings = {"steps": 1, "data.eval_path": ""}
   train = lambda name, **more: trainer.train(
     _config(tmp_path, "cached", **settings | more), tmp_path / name
@@ -133,17 +148,32 @@ def test_a_sweep_computes_once_and_a_damaged_cache_again(tmp_path, capfd):
   train("second", **{"loss.beta": 0.5, "optimizer.learning_rate": 1e-4})
   out = capfd.readouterr().out
   assert READS in out and COMPUTES not in out
-  (path,) = (tmp_path / "cache").glob("reference_*.npz")
+
+
+def test_a_damaged_cache_is_computed_again(tmp_path):
+  logps = np.arange(12, dtype=np.float32).reshape(6, 2)
+  said = []
+  load = lambda key="key", count=6: reference.cached_logps(
+    tmp_path, key, count, lambda: logps[:count], said.append
+  )
+  load()
+  path = tmp_path / "reference_key.npz"
   content = path.read_bytes()
-  for damage in (content[:100], b"", _with_another_value(path)):
+  for damage in (content[:100], b"", b"x" * 500, _with_another_value(path)):
     path.write_bytes(damage)
-    train(f"after_{len(damage)}")
-    (line,) = [x for x in capfd.readouterr().out.splitlines() if COMPUTES in x]
-    assert f"{path.name} was damaged: " in line
-    with np.load(path) as file:
-      assert np.isfinite(file["logps"]).all()
-    assert path.read_bytes() == content
-  assert not list((tmp_path / "cache").glob(".reference*"))
+    said.clear()
+    np.testing.assert_array_equal(load(), logps)
+    (line,) = said
+    assert COMPUTES in line and f"{path.name} was damaged: " in line
+    np.testing.assert_array_equal(load(), logps)
+    assert READS in said[-1]
+  # The cache of other data under this name is no better.
+  path.rename(tmp_path / "reference_other.npz")
+  load("other")
+  assert "its checksum differs" in said[-1]
+  load("other", count=5)
+  assert "it holds float32[6, 2]" in said[-1]
+  assert not list(tmp_path.glob(".reference*"))
 
 
 def _with_another_value(path: pathlib.Path) -> bytes:
@@ -211,6 +241,80 @@ def test_of_two_runs_one_computes(tmp_path):
   assert (tmp_path / "computed").read_text() == "once\n"
 
 
+def test_an_update_by_hand():
+  ours, policy = {"w": np.float32([4, 0])}, {"w": np.float32([0, 2])}
+  soft = reference.make_reference("ema", TINY, alpha=0.25, every=3)
+  updated = jax.jit(soft.updated)
+  for step in (1, 2, 4):
+    np.testing.assert_array_equal(updated(step, ours, policy)["w"], [4, 0])
+  np.testing.assert_array_equal(updated(6, ours, policy)["w"], [3, 0.5])
+  hard = reference.make_reference("sync", TINY, every=3)
+  np.testing.assert_array_equal(hard.updated(3, ours, policy)["w"], [0, 2])
+
+
+@pytest.mark.parametrize(
+  "mode, alpha, dtype", [("ema", 0.25, "bfloat16"), ("sync", 1.0, "float32")]
+)
+def test_the_reference_moves_every_few_steps(tmp_path, mode, alpha, dtype):
+  settings = {"reference.every": 2, "reference.dtype": dtype}
+  if mode == "ema":
+    settings["reference.alpha"] = alpha
+  run = _Run(_config(tmp_path, mode, **settings))
+  expected, losses = jax.device_get(run.state.reference), []
+  assert {x.dtype.name for x in jax.tree.leaves(expected)} == {dtype}
+  for step in range(1, 5):
+    losses += [line["loss"] for line in run.steps(step - 1, step)]
+    policy, got = jax.device_get((run.state.params, run.state.reference))
+    if step % 2 == 0:
+      expected = jax.tree.map(
+        lambda r, p: ((1 - alpha) * r.astype(np.float32) + alpha * p).astype(
+          r.dtype
+        ),
+        expected,
+        policy,
+      )
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(
+        a.astype(np.float32),
+        b.astype(np.float32),
+        rtol=1e-6 if dtype == "float32" else 1e-2,
+        atol=1e-9,
+      ),
+      got,
+      expected,
+    )
+  if mode == "sync":  # policy equals reference after every second step
+    np.testing.assert_allclose(losses[::2], np.log(2), atol=1e-6)
+    assert abs(losses[1] - np.log(2)) > 1e-4
+
+
+def test_the_defaults_are_those_of_tr_dpo():
+  soft, hard = (reference.make_reference(m, TINY) for m in ("ema", "sync"))
+  assert (soft.alpha, soft.every) == (0.6, 512)
+  assert (hard.alpha, hard.every) == (1.0, 512)
+  assert str(hard) == "sync, float32, alpha 1 every 512 steps"
+
+
+def test_a_run_with_a_moving_reference_resumes_bit_for_bit(tmp_path):
+  def train(name, **more):
+    settings = {"reference.every": 2, "reference.alpha": 0.25, "steps": 7}
+    settings |= {"data.eval_path": ""} | more
+    config = _config(tmp_path, "ema", **settings)
+    assert trainer.train(config, tmp_path / name)
+    lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+    drop = ("pairs_per_second", "tokens_per_second", "data_wait_seconds")
+    return [
+      {k: v for k, v in json.loads(line).items() if k not in drop}
+      for line in lines
+    ]
+
+  whole = train("whole")
+  train("parted", steps=3)
+  parted = train("parted")
+  assert [line["step"] for line in parted] == list(range(1, 8))
+  assert parted == whole
+
+
 @pytest.mark.parametrize(
   "loss, settings, message",
   [
@@ -223,6 +327,36 @@ def test_of_two_runs_one_computes(tmp_path):
       "dpo",
       {"reference.mode": "none"},
       "reference.mode='none': loss 'dpo' needs a reference",
+    ),
+    (
+      "sft",
+      {"reference.mode": "ema"},
+      "reference.mode='ema': loss 'sft' has no reference",
+    ),
+    (
+      "dpo",
+      {"reference.mode": "ema", "reference.alpha": 1.5},
+      "reference.alpha=1.5: must be in (0, 1]",
+    ),
+    (
+      "dpo",
+      {"reference.mode": "ema", "reference.every": 0},
+      "reference.every=0: must be at least 1",
+    ),
+    (
+      "dpo",
+      {"reference.mode": "sync", "reference.alpha": 0.5},
+      "reference.alpha=0.5: reference.mode='sync' does not honour it",
+    ),
+    (
+      "dpo",
+      {"reference.every": 3},
+      "reference.every=3: reference.mode='live' does not honour it",
+    ),
+    (
+      "dpo",
+      {"reference.dtype": "float8"},
+      "model param_dtype 'float8'; known: float32, bfloat16",
     ),
   ],
 )
