@@ -57,11 +57,15 @@ def get_config() -> config_dict.ConfigDict:
   config.loss.sft_weight = 0.0  # weight of the chosen responses' token mean NLL
 
   config.reference = config_dict.ConfigDict()
-  # live: frozen, in the same program; none. A loss without a reference
-  # never traces one.
+  # live: frozen, in the same program; cached: its log-probabilities, computed
+  # once and kept in `data.cache_dir`; ema, sync: as live, and it moves to the
+  # policy as in TR-DPO; none. A loss without a reference never traces one.
   config.reference.mode = "live"
   config.reference.path = ""  # empty: the policy as it starts
   config.reference.dtype = "auto"  # auto: as model.dtype
+  # ema: the policy's share in the new reference, in (0, 1]; None: 0.6
+  config.reference.alpha = placeholder(float)
+  config.reference.every = placeholder(int)  # ema, sync: updates; None: 512
 
   config.optimizer = config_dict.ConfigDict()
   config.optimizer.name = "rmsprop"  # rmsprop, adamw, adafactor, lion

@@ -1,6 +1,7 @@
-"""Speed and memory of the train step, layouts in turns."""
+"""Speed and memory of the train step, layouts and references in turns."""
 
 import copy
+import itertools
 import math
 import resource
 import statistics
@@ -26,58 +27,78 @@ WARMUP_STEPS = 2
 
 
 def run(
-  config: ConfigDict, *, layouts: Sequence[str], num_rounds: int, num_steps: int
+  config: ConfigDict,
+  *,
+  layouts: Sequence[str],
+  references: Sequence[str] = (),
+  num_rounds: int,
+  num_steps: int,
 ) -> dict[str, Any]:
   """Returns what was measured, and prints a line per turn.
 
-  Every layout trains on the same pairs; its first two steps are not timed.
+  Every variant, a layout with a reference mode, trains on the same pairs; its
+  first two steps are not timed, nor is the pass that fills a cache.
 
   Args:
-    config: of the work; `data.layout` is replaced.
+    config: of the work; `data.layout` and `reference.mode` are replaced.
     layouts: compared in turns A B A B.
+    references: reference modes, compared alike; by default the config's.
     num_rounds: turns of each.
     num_steps: steps in a turn.
   """
-  runs = {layout: _Run(config, layout) for layout in layouts}
+  variants = itertools.product(layouts, references or [config.reference.mode])
+  runs = {
+    f"{layout} {mode}" if len(references) > 1 else layout: _Run(
+      config, layout, mode
+    )
+    for layout, mode in variants
+  }
   dtype = next(iter(runs.values())).experiment.scorer.policy.dtype
-  times: dict[str, list[float]] = {layout: [] for layout in layouts}
+  times: dict[str, list[float]] = {name: [] for name in runs}
   rates: list[float] = []
   for number in range(num_rounds):
     rates.append(matmul_rate(dtype))
-    for layout, timed in runs.items():
+    for name, timed in runs.items():
       seconds = timed.time_steps(num_steps)
-      times[layout].append(seconds)
+      times[name].append(seconds)
       print(
-        f"round {number + 1} {layout}: {timed.pairs / seconds:.3f} pairs/s;"
+        f"round {number + 1} {name}: {timed.pairs / seconds:.3f} pairs/s;"
         f" matmul {rates[-1] / 1e9:.0f} GFLOP/s {dtype}",
         flush=True,
       )
   rate = statistics.median(rates)
+  first = times[next(iter(runs))]
+  summaries = {}
+  for name, timed in runs.items():
+    summaries[name] = timed.summary(statistics.median(times[name]), rate)
+    # The median over rounds, so that a slow spell of the machine cancels.
+    summaries[name]["speed_ratio"] = statistics.median(
+      theirs / ours for theirs, ours in zip(first, times[name], strict=True)
+    )
   return {
     "device": str(jax.devices()[0].device_kind),
     "num_devices": jax.device_count(),
     "dtype": dtype,
     "matmul_flops_per_second": rate,
     "process_peak_bytes": _peak_bytes(),
-    "layouts": {
-      layout: timed.summary(statistics.median(times[layout]), rate)
-      for layout, timed in runs.items()
-    },
+    "variants": summaries,
   }
 
 
 def table(results: dict[str, Any]) -> str:
   """Returns the results of `run` as lines of text."""
+  variants = results["variants"]
+  width = max(map(len, ["variant", *variants]))
   lines = [
-    f"{'layout':<10} {'pairs/s':>8} {'tokens/s':>9} {'padding':>8}"
-    f" {'of matmul rate':>14} {'program GB':>10}"
+    f"{'variant':<{width}} {'pairs/s':>8} {'tokens/s':>9} {'padding':>8}"
+    f" {'of matmul rate':>14} {'program GB':>10} {'speed':>6}"
   ]
-  for layout, row in results["layouts"].items():
+  for name, row in variants.items():
     lines.append(
-      f"{layout:<10} {row['pairs_per_second']:>8.3f}"
+      f"{name:<{width}} {row['pairs_per_second']:>8.3f}"
       f" {row['tokens_per_second']:>9.0f} {row['padding_fraction']:>8.1%}"
       f" {row['share_of_matmul_rate']:>14.1%}"
-      f" {row['program_bytes'] / 1e9:>10.2f}"
+      f" {row['program_bytes'] / 1e9:>10.2f} {row['speed_ratio']:>6.2f}"
     )
   rate = results["matmul_flops_per_second"] / 1e9
   lines.append(
@@ -137,16 +158,17 @@ def needed_flops(
 
 
 class _Run:
-  """A compiled step of one layout, and its state."""
+  """A compiled step of one variant, and its state."""
 
-  def __init__(self, config: ConfigDict, layout: str):
+  def __init__(self, config: ConfigDict, layout: str, mode: str):
     config = copy.deepcopy(config)
     config.data.layout = layout
+    config.reference.mode = mode
     self.experiment: Experiment = experiment_lib.build(config)
     self.pairs = config.batch_size
     self._next = 0
     with jax.set_mesh(self.experiment.mesh):
-      self._state = trainer.init_state(self.experiment)
+      self.experiment, self._state = trainer.init_state(self.experiment)
       first = trainer.host_batch(self.experiment, 0).batch
       self._step = trainer.compile_train_step(
         self.experiment, self._state, first

@@ -21,6 +21,7 @@ from dpo_jax.losses import preference
 from dpo_jax.models import config as model_config
 from dpo_jax.models import transformer
 from dpo_jax.training import loop, optimizers, state, steps
+from dpo_jax.training import reference as reference_lib
 from dpo_jax.types import Params
 
 
@@ -35,7 +36,9 @@ class Experiment:
     scorer: policy, reference and loss.
     shardings: the layout of each parameter of the policy.
     load_policy: returns the policy before the first update.
+    reference: where reference log-probabilities come from.
     load_reference: returns the reference's parameters, given the policy's.
+    cache_dir: folder of the caches of tokens and log-probabilities.
     optimizer: clips and updates.
     learning_rate: as a function of the updates done.
     loader: the training batches.
@@ -51,7 +54,9 @@ class Experiment:
   scorer: steps.Scorer
   shardings: Params
   load_policy: Callable[[], Params]
+  reference: reference_lib.Reference
   load_reference: Callable[[Params], Params | None]
+  cache_dir: pathlib.Path
   optimizer: optax.GradientTransformation
   learning_rate: Callable[[jax.Array], jax.Array]
   loader: loader.Loader
@@ -87,13 +92,15 @@ def build(config: ConfigDict) -> Experiment:
     tokenizer=tokenizer,
     scorer=steps.Scorer(
       policy=policy,
-      reference=reference,
+      reference=reference.traced,
       objective=objective,
       chunk_length=config.model.logprob_chunk,
     ),
     shardings=shardings,
     load_policy=_make_load_policy(config, opened, policy, shardings),
+    reference=reference,
     load_reference=load_reference,
+    cache_dir=_cache_dir(config),
     optimizer=optimizer,
     learning_rate=learning_rate,
     loader=train_loader,
@@ -219,30 +226,26 @@ def _make_load_policy(config, opened, policy, shardings):
 
 
 def _make_reference(config, objective, policy, shardings, mesh):
-  """Returns the reference's decoder (or None), and how its weights come."""
+  """Returns what the reference is, and how its weights come."""
   options = config.reference
-  if options.mode not in ("live", "none"):
-    raise ValueError(
-      f"unknown reference.mode '{options.mode}'; known: live, none"
-    )
+  reference_lib.check_mode(options.mode, objective)
+  make = functools.partial(
+    reference_lib.make_reference, alpha=options.alpha, every=options.every
+  )
   if not objective.needs_reference:
     if options.path:
       raise ValueError(
         f"reference.path='{options.path}': loss '{config.loss.name}' has no"
         " reference"
       )
-    return None, lambda params: None
-  if options.mode == "none":
-    raise ValueError(
-      f"reference.mode='none': loss '{config.loss.name}' needs a reference"
-    )
+    return make(options.mode, None), lambda params: None
   dtype = policy.dtype if options.dtype == "auto" else options.dtype
   if not options.path:
-    reference = dataclasses.replace(policy, param_dtype=dtype)
+    model = dataclasses.replace(policy, param_dtype=dtype)
     copy = functools.partial(
       state.copy_params, dtype=dtype, shardings=shardings
     )
-    return reference, copy
+    return make(options.mode, model), copy
   opened = source.open_model(options.path)
   if opened.config.vocab_size != policy.vocab_size:
     raise ValueError(
@@ -251,13 +254,21 @@ def _make_reference(config, objective, policy, shardings, mesh):
       f" {policy.vocab_size}"
     )
   settings = _compute_settings(config) | {"param_dtype": dtype}
-  reference = dataclasses.replace(opened.config, **settings)
+  model = dataclasses.replace(opened.config, **settings)
   layouts = sharding.array_shardings(
-    mesh,
-    transformer.logical_axes(reference),
-    transformer.param_shapes(reference),
+    mesh, transformer.logical_axes(model), transformer.param_shapes(model)
   )
-  return reference, lambda params: opened.load(reference, layouts)
+  reference = make(options.mode, model)
+  shapes, wanted = (
+    jax.tree.map(lambda x: x.shape, transformer.param_shapes(config))
+    for config in (model, policy)
+  )
+  if reference.moves and shapes != wanted:
+    raise ValueError(
+      f"reference.mode={options.mode!r}: the reference at {options.path!r} has"
+      " parameters of other shapes than the policy's, to which it should move"
+    )
+  return reference, lambda params: opened.load(model, layouts)
 
 
 def _make_loaders(config, objective, tokenizer, mesh):
@@ -300,7 +311,7 @@ def _read_tokens(config, objective, tokenizer, path, split):
   """Returns the tokens of one file or data set, and says what was dropped."""
   options = config.data
   tokens = dataset.load(
-    options.cache_dir or pathlib.Path.home() / ".cache" / "dpo_jax",
+    _cache_dir(config),
     source=options.source,
     path=path,
     split=split,
@@ -315,6 +326,11 @@ def _read_tokens(config, objective, tokenizer, path, split):
     print(f"data: {options.source} {path}")
     print(*tokenize.report_lines(tokens.report), sep="\n", flush=True)
   return tokens
+
+
+def _cache_dir(config):
+  default = pathlib.Path.home() / ".cache" / "dpo_jax"
+  return pathlib.Path(config.data.cache_dir or default)
 
 
 def _total_steps(config, batches):

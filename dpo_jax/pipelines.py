@@ -23,7 +23,7 @@ from dpo_jax.evaluation import frontier
 from dpo_jax.losses import preference
 from dpo_jax.models import transformer
 from dpo_jax.sampling import decode
-from dpo_jax.training import steps
+from dpo_jax.training import scoring, steps
 
 BETAS = (0.1, 1.0)
 PREFIXES = 1_500  # that training samples are drawn for
@@ -133,7 +133,7 @@ class Policy:
     found = []
     with jax.set_mesh(self.mesh):
       for batch in batches.eval_batches():
-        placed = trainer.device_batch(batch, batches, self.mesh)
+        placed = scoring.device_batch(batch, batches, self.mesh)
         scores = score(self.params, reference.params, placed)
         used = batch.lengths[:, 0] > 0
         found.append(

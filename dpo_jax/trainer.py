@@ -10,18 +10,18 @@ from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dpo_jax import experiment as experiment_lib
 from dpo_jax import sharding
-from dpo_jax.checkpoints import manager, run_folder, source
+from dpo_jax.checkpoints import manager, reader, run_folder, source
 from dpo_jax.data import loader, tokenize
 from dpo_jax.evaluation import preferences
 from dpo_jax.experiment import Experiment
 from dpo_jax.models import huggingface, transformer
-from dpo_jax.training import loop, recorder, state, steps
-from dpo_jax.types import Batch
+from dpo_jax.training import loop, recorder, scoring, state, steps
+from dpo_jax.training import reference as reference_lib
+from dpo_jax.types import Batch, Params
 
 
 def join_processes() -> None:
@@ -111,8 +111,7 @@ def describe(experiment: Experiment) -> Iterator[str]:
   mesh = ", ".join(f"{k} {v}" for k, v in experiment.mesh.shape.items())
   yield (
     f"policy: {scorer.policy.family}, {num_params / 1e6:.1f} M parameters,"
-    f" {scorer.policy.dtype}; reference:"
-    f" {scorer.reference.param_dtype if scorer.reference else 'none'}"
+    f" {scorer.policy.dtype}; reference: {experiment.reference}"
   )
   yield (
     f"mesh: {mesh}; rows: {batches.row_length} tokens,"
@@ -124,17 +123,25 @@ def describe(experiment: Experiment) -> Iterator[str]:
   )
 
 
-def init_state(experiment: Experiment) -> state.TrainState:
-  """Returns the state before the first update, with its reference."""
+def init_state(
+  experiment: Experiment,
+) -> tuple[Experiment, state.TrainState]:
+  """Returns the experiment and its state before the first update.
+
+  The state holds the reference; or, in mode `cached`, the experiment's
+  batches hold what it says of them.
+  """
+  params = experiment.load_policy()
+  reference = experiment.load_reference(params)
+  if experiment.reference.is_cached:
+    experiment = _with_cached_reference(experiment, reference)
+    # Its room is for the moments.
+    jax.tree.map(lambda x: x.delete(), reference)
+    reference = None
   first = state.init_state(
-    experiment.load_policy(),
-    experiment.optimizer,
-    experiment.shardings,
-    experiment.mesh,
+    params, experiment.optimizer, experiment.shardings, experiment.mesh
   )
-  return dataclasses.replace(
-    first, reference=experiment.load_reference(first.params)
-  )
+  return experiment, dataclasses.replace(first, reference=reference)
 
 
 def compile_train_step(
@@ -143,7 +150,10 @@ def compile_train_step(
   """Returns the compiled step; it donates the state."""
   layouts = jax.tree.map(lambda x: x.sharding, first)
   step = steps.make_train_step(
-    experiment.scorer, experiment.optimizer, experiment.learning_rate
+    experiment.scorer,
+    experiment.optimizer,
+    experiment.learning_rate,
+    experiment.reference,
   )
   jitted = jax.jit(
     step,
@@ -153,28 +163,13 @@ def compile_train_step(
   return jitted.lower(first, batch).compile()
 
 
-def device_batch(batch: Batch, batches: loader.Loader, mesh: Mesh) -> Batch:
-  """Returns a host batch as global arrays, rows split over the mesh."""
-  place = functools.partial(
-    sharding.place_rows,
-    mesh=mesh,
-    num_rows=batches.microbatch_rows,
-    first_row=batches.row_range[0],
-  )
-  return Batch(
-    rows=jax.tree.map(place, batch.rows),
-    num_microbatches=sharding.place_whole(batch.num_microbatches, mesh),
-    lengths=sharding.place_whole(batch.lengths, mesh),
-  )
-
-
 def host_batch(experiment: Experiment, k: int) -> loop.HostBatch:
   """Returns batch k, counted from 0, on the device."""
   batches = experiment.loader
   batch = batches.batch(k)
   num_rows = int(batch.num_microbatches) * batches.microbatch_rows
   return loop.HostBatch(
-    batch=device_batch(batch, batches, experiment.mesh),
+    batch=scoring.device_batch(batch, batches, experiment.mesh),
     num_pairs=batches.batch_size,
     num_tokens=batches.num_tokens(k),
     num_positions=num_rows * batches.row_length,
@@ -193,7 +188,7 @@ def make_eval_fn(experiment: Experiment) -> loop.EvalFn | None:
 
   def evaluate(train_state):
     placed = (
-      device_batch(batch, batches, experiment.mesh)
+      scoring.device_batch(batch, batches, experiment.mesh)
       for batch in batches.eval_batches()
     )
     return preferences.evaluate(
@@ -203,8 +198,42 @@ def make_eval_fn(experiment: Experiment) -> loop.EvalFn | None:
   return evaluate
 
 
+def _with_cached_reference(
+  experiment: Experiment, params: Params
+) -> Experiment:
+  """Returns the experiment with batches that hold the reference's logps."""
+  scorer, model = experiment.scorer, experiment.reference.model
+  prints = jax.device_get(reader.fingerprints(params))
+  prints = {name: int(value) for name, value in prints.items()}
+
+  def with_logps(batches):
+    compute = functools.partial(
+      scoring.response_logps,
+      model,
+      params,
+      scorer.objective,
+      batches,
+      experiment.mesh,
+      chunk_length=scorer.chunk_length,
+    )
+    key = reference_lib.cache_key(
+      batches.dataset, model, prints, scorer.objective
+    )
+    logps = reference_lib.cached_logps(
+      experiment.cache_dir, key, batches.num_pairs, compute, _say
+    )
+    return batches.with_reference(logps)
+
+  evaluated = experiment.eval_loader
+  return dataclasses.replace(
+    experiment,
+    loader=with_logps(experiment.loader),
+    eval_loader=evaluated and with_logps(evaluated),
+  )
+
+
 def _train(experiment: Experiment, workdir: pathlib.Path) -> bool:
-  first = init_state(experiment)
+  experiment, first = init_state(experiment)
   _write_run_files(experiment, workdir)
   with manager.Manager(
     workdir,
@@ -213,11 +242,13 @@ def _train(experiment: Experiment, workdir: pathlib.Path) -> bool:
   ) as checkpoints:
     done = 0
     if checkpoints.latest_step() is not None:
-      begun, reference = first.without_reference(), first.reference
+      begun = _saved(experiment, first)
       wanted = state.abstract_state(begun)
       jax.tree.map(lambda x: x.delete(), begun)  # room for what is read
       done, restored = checkpoints.restore(wanted)
-      first = dataclasses.replace(restored, reference=reference)
+      if not experiment.reference.moves:
+        restored = dataclasses.replace(restored, reference=first.reference)
+      first = restored
       _say(f"goes on from step {done} of {experiment.schedule.last_step}")
     if done >= experiment.schedule.last_step:
       _say(f"finished at step {done}: nothing to do")
@@ -232,6 +263,15 @@ def _train(experiment: Experiment, workdir: pathlib.Path) -> bool:
       return _run_loop(experiment, first, done, checkpoints, record)
 
 
+def _saved(
+  experiment: Experiment, train_state: state.TrainState
+) -> state.TrainState:
+  """Returns what a checkpoint holds: a reference that stays is read again."""
+  if experiment.reference.moves:
+    return train_state
+  return train_state.without_reference()
+
+
 def _run_loop(experiment, first, done, checkpoints, record) -> bool:
   train_step = compile_train_step(
     experiment, first, host_batch(experiment, done).batch
@@ -244,7 +284,7 @@ def _run_loop(experiment, first, done, checkpoints, record) -> bool:
 
   def save(step, train_state, eval_metrics):
     checkpoints.save(
-      step, train_state.without_reference(), eval_metrics, force=True
+      step, _saved(experiment, train_state), eval_metrics, force=True
     )
 
   _, finished = loop.run(

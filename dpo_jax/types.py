@@ -54,3 +54,5 @@ class Batch:
   rows: Rows  # each leaf [M,R,...]
   num_microbatches: Array  # i32[]  how many of M are filled
   lengths: Array  # i32[B,2]  response tokens of chosen and rejected
+  # Summed log-probability under the reference, where it comes with the batch.
+  reference: Array | None = None  # f32[B,2]

@@ -15,8 +15,9 @@ rows, and one line in `SOURCES`. Its rows may have any of these columns:
   messages                   a demonstration whose response is the last one
   text                       a demonstration with an empty prompt
 
-Where demonstrations are asked for, the response of a pair is `chosen`. Other
-columns are not looked at.
+Where demonstrations are asked for, the response of a pair is `chosen`. A
+column `subset`, if a row has it, stands in its example as text: evaluations
+count by it. Other columns are not looked at.
 """
 
 import hashlib
@@ -54,7 +55,10 @@ def read(source: str, path: str, *, split: str, inputs: str) -> Iterator[dict]:
   for number, row in enumerate(_rows(source, path, split), 1):
     is_line = ".jsonl" in os.path.basename(path)
     where = f"{path}, {'line' if is_line else 'row'} {number}"
-    yield make_example(row, where)
+    example = make_example(row, where)
+    if "subset" in row:
+      example["subset"] = str(row["subset"])
+    yield example
   if number == 0:
     raise ValueError(f"{path!r} is empty")
 

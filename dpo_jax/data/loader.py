@@ -1,5 +1,6 @@
 """Batches of packed rows: batch k is a pure function of (seed, k)."""
 
+import copy
 import functools
 import math
 import queue
@@ -105,6 +106,7 @@ class Loader:
         that does not hold the longest span.
     """
     self.dataset = dataset
+    self.reference_logps: np.ndarray | None = None  # f32[n,2]
     self.num_pairs = len(dataset.lengths)
     self.batch_size = batch_size
     self.microbatch_rows = microbatch_rows
@@ -155,6 +157,17 @@ class Loader:
     if self.layout == "padded":
       rows = 2 * self.batch_size
     return math.ceil(rows / self.microbatch_rows)
+
+  def with_reference(self, logps: np.ndarray) -> "Loader":
+    """Returns a loader whose batches hold the reference's log-probabilities.
+
+    Args:
+      logps: f32[n,2], of chosen and rejected, pairs in file order.
+    """
+    assert logps.shape == (self.num_pairs, 2), "of another dataset"
+    twin = copy.copy(self)
+    twin.reference_logps = logps
+    return twin
 
   def indices(self, k: int) -> np.ndarray:
     """Returns i64[B], the pairs of batch k, counted from 0.
@@ -238,8 +251,12 @@ class Loader:
     )
     lengths = np.zeros((self.batch_size, 2), np.int32)
     lengths[: len(indices)] = self.dataset.lengths[indices, 1:]
+    reference = None
+    if self.reference_logps is not None:
+      reference = np.zeros((self.batch_size, 2), np.float32)
+      reference[: len(indices)] = self.reference_logps[indices]
     num_filled = math.ceil(plan.num_rows / self.microbatch_rows)
-    return Batch(rows, np.int32(num_filled), lengths)
+    return Batch(rows, np.int32(num_filled), lengths, reference)
 
 
 class Prefetch(Generic[T]):

@@ -16,7 +16,7 @@ from dpo_jax.types import Array, Params
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-  """The policy, its optimizer state and, in mode `live`, the reference."""
+  """The policy, its optimizer state and the reference, if a step runs it."""
 
   step: Array  # i32[]  updates done
   params: Params
@@ -24,7 +24,7 @@ class TrainState:
   reference: Params | None = None
 
   def without_reference(self) -> "TrainState":
-    """Returns what a checkpoint holds: a frozen reference is read again."""
+    """Returns what a checkpoint holds of a run whose reference stays."""
     return dataclasses.replace(self, reference=None)
 
 

@@ -19,6 +19,7 @@ from dpo_jax.losses import logprobs, modifiers, preference
 from dpo_jax.models import config as model_config
 from dpo_jax.models import transformer
 from dpo_jax.training import metrics as metrics_lib
+from dpo_jax.training import reference as reference_lib
 from dpo_jax.training import state as state_lib
 from dpo_jax.types import Array, Batch, Params, Rows
 
@@ -39,7 +40,8 @@ class Scorer:
 
   Attributes:
     policy: configuration of the policy's decoder.
-    reference: configuration of the reference's; None never traces it.
+    reference: configuration of the reference's; None never traces it, and
+      its log-probabilities come with the batch if the loss needs them.
     objective: the loss with its modifiers.
     chunk_length: scored positions of a row that meet the vocabulary at once.
   """
@@ -135,6 +137,7 @@ def make_train_step(
   scorer: Scorer,
   optimizer: optax.GradientTransformation,
   schedule: Callable[[Array], Array],
+  reference: reference_lib.Reference | None = None,
 ) -> Callable[
   [state_lib.TrainState, Batch], tuple[state_lib.TrainState, dict[str, Array]]
 ]:
@@ -144,6 +147,7 @@ def make_train_step(
     scorer: the log-probabilities and the loss.
     optimizer: clips and updates.
     schedule: the learning rate, reported only.
+    reference: how the reference's parameters move; None leaves them.
   """
   gradient = (
     _coupled_gradient
@@ -159,11 +163,16 @@ def make_train_step(
     metrics = scorer.metrics(scores, losses, batch.lengths)
     metrics["grad_norm"] = optax.global_norm(grads)
     metrics["learning_rate"] = schedule(state.step)
+    params = optax.apply_updates(state.params, updates)
+    held = state.reference
+    if reference is not None:
+      held = reference.updated(state.step + 1, held, params)
     state = dataclasses.replace(
       state,
       step=state.step + 1,
-      params=optax.apply_updates(state.params, updates),
+      params=params,
       opt_state=opt_state,
+      reference=held,
     )
     return state, metrics
 
@@ -176,12 +185,20 @@ def make_score_step(
   """Returns `score(params, reference, batch) -> PairScores`, no gradient."""
 
   def score(params, reference, batch):
-    return _loop(
+    scores = _loop(
       batch,
       lambda rows: scorer.scores(params, reference, rows, batch.lengths),
     )
+    return _with_cached(scores, batch.reference)
 
   return score
+
+
+def _with_cached(scores: PairScores, reference: Array | None) -> PairScores:
+  """Returns the scores with the reference that came with the batch, if any."""
+  if reference is None:
+    return scores
+  return dataclasses.replace(scores, reference=reference)
 
 
 def _loop(batch: Batch, body: Callable[[Rows], Any]) -> Any:
@@ -209,6 +226,10 @@ def _pairwise_gradient(scorer, params, reference, batch):
   def loss_fn(params, rows):
     scores = scorer.scores(params, reference, rows, batch.lengths)
     here = _present(rows, len(batch.lengths))
+    if batch.reference is not None:
+      # As a traced reference has it: 0 for the pairs of other rows.
+      cached = jnp.where(here[:, None], batch.reference, 0)
+      scores = _with_cached(scores, cached)
     loss, losses = scorer.mean_loss(scores, batch.lengths, here)
     return loss, (scores, losses)
 

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax import sharding, trainer
+from dpo_jax import sharding
 from dpo_jax.data import dataset, loader
 from dpo_jax.losses import preference
 from dpo_jax.models import config as model_config
 from dpo_jax.models import transformer
-from dpo_jax.training import optimizers, state, steps
+from dpo_jax.training import optimizers, scoring, state, steps
 from tests import hlo
 
 NUM_PAIRS = 24
@@ -86,7 +86,7 @@ def _run(
     )
     history = []
     for k in range(num_steps):
-      placed = trainer.device_batch(batches.batch(k), batches, mesh)
+      placed = scoring.device_batch(batches.batch(k), batches, mesh)
       now, metrics = step(now, placed)
       history.append({k: float(v) for k, v in metrics.items()})
   return history, now

@@ -1,0 +1,286 @@
+"""Where reference log-probabilities come from, one mode each.
+
+live    a frozen copy that the step runs without gradient
+cached  a file, written once and read by every run that needs the same ones:
+        the step holds no reference and computes none. Rows are packed in
+        another order there, so values differ by rounding; where policy equals
+        reference, margins are 1e-5 nats instead of 0 and accuracy is chance
+ema     as live, and every few updates it moves part of the way to the policy
+sync    as live, and every few updates it becomes the policy
+none    nowhere: the loss has no reference
+
+`ema` and `sync` are the soft and the hard update of TR-DPO (Gorbatovski et
+al. 2024, arXiv 2404.09656).
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import uuid
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+
+import filelock
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from dpo_jax.data import loader
+from dpo_jax.losses import preference
+from dpo_jax.models import config as model_config
+from dpo_jax.types import Array, Params
+
+MODES = ("live", "cached", "ema", "sync", "none")
+MOVING_MODES = ("ema", "sync")
+ALPHA, EVERY = 0.6, 512  # TR-DPO's soft weight and its hard interval
+# To be raised with any change of what is in a cache of log-probabilities.
+CACHE_VERSION = 1
+_HASHED_PAIRS = 4096  # whose tokens are in memory at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+  """How a run comes by reference log-probabilities.
+
+  Attributes:
+    mode: one of `MODES`.
+    model: the reference's decoder; None where the loss has no reference.
+    alpha: the policy's share in an update of a reference that moves.
+    every: training steps between updates of the reference.
+  """
+
+  mode: str
+  model: model_config.ModelConfig | None = None
+  alpha: float | None = None
+  every: int | None = None
+
+  def __str__(self) -> str:
+    """Returns what a run says of itself at its start."""
+    if self.model is None:
+      return "none"
+    text = f"{self.mode}, {self.model.param_dtype}"
+    if self.moves:
+      text += f", alpha {self.alpha:g} every {self.every} steps"
+    return text
+
+  @property
+  def traced(self) -> model_config.ModelConfig | None:
+    """The decoder that the step runs beside the policy's, if any."""
+    return None if self.mode == "cached" else self.model
+
+  @property
+  def is_cached(self) -> bool:
+    """Whether log-probabilities come with the batch."""
+    return self.mode == "cached" and self.model is not None
+
+  @property
+  def moves(self) -> bool:
+    """Whether training changes the reference."""
+    return self.mode in MOVING_MODES and self.model is not None
+
+  def updated(self, step: Array, params: Params, policy: Params) -> Params:
+    """Returns the reference's parameters after training step `step`.
+
+    Gorbatovski et al. 2024 (arXiv 2404.09656), soft and hard update:
+    reference <- alpha policy + (1 - alpha) reference at every multiple of
+    `every`, else unchanged. In float32, rounded to the reference's dtype:
+    with bfloat16 a change below 1 part in 256 is lost.
+
+    Args:
+      step: i32[], updates of the policy done, counted from 1.
+      params: the reference's before.
+      policy: the policy's after its update.
+    """
+    if not self.moves:
+      return params
+
+    def mix(old, new):
+      old32, new32 = old.astype(jnp.float32), new.astype(jnp.float32)
+      mixed = self.alpha * new32 + (1 - self.alpha) * old32
+      return mixed.astype(old.dtype)
+
+    return jax.lax.cond(
+      step % self.every == 0,
+      lambda: jax.tree.map(mix, params, policy),
+      lambda: params,
+    )
+
+
+def make_reference(
+  mode: str,
+  model: model_config.ModelConfig | None,
+  *,
+  alpha: float | None = None,
+  every: int | None = None,
+) -> Reference:
+  """Returns a reference with its settings checked and filled in.
+
+  Args:
+    mode: one of `MODES`.
+    model: the reference's decoder; None where the loss has no reference.
+    alpha: for `ema` only, in (0, 1]; `sync` has 1. None is TR-DPO's 0.6.
+    every: for `ema` and `sync`, at least 1. None is TR-DPO's 512.
+
+  Raises:
+    ValueError: a number out of range or that the mode does not honour.
+  """
+  if alpha is not None and mode != "ema":
+    raise ValueError(
+      f"reference.alpha={alpha:g}: reference.mode={mode!r} does not honour it;"
+      " 'ema' does"
+    )
+  if mode not in MOVING_MODES:
+    if every is not None:
+      raise ValueError(
+        f"reference.every={every}: reference.mode={mode!r} does not honour it;"
+        f" {' and '.join(MOVING_MODES)} do"
+      )
+    return Reference(mode, model)
+  if alpha is None:
+    alpha = ALPHA if mode == "ema" else 1.0
+  every = EVERY if every is None else every
+  if not 0 < alpha <= 1:
+    raise ValueError(f"reference.alpha={alpha:g}: must be in (0, 1]")
+  if every < 1:
+    raise ValueError(f"reference.every={every}: must be at least 1")
+  return Reference(mode, model, alpha, every)
+
+
+def check_mode(mode: str, objective: preference.Objective) -> None:
+  """Raises ValueError unless a run of this loss can have this mode."""
+  if mode not in MODES:
+    raise ValueError(
+      f"unknown reference.mode {mode!r}; known: {', '.join(MODES)}"
+    )
+  if mode == "none" and objective.needs_reference:
+    raise ValueError(
+      f"reference.mode='none': loss {objective.loss.name!r} needs a reference"
+    )
+  if mode in MOVING_MODES and not objective.needs_reference:
+    raise ValueError(
+      f"reference.mode={mode!r}: loss {objective.loss.name!r} has no reference"
+    )
+
+
+def cache_key(
+  dataset: loader.Dataset,
+  model: model_config.ModelConfig,
+  fingerprints: Mapping[str, int],
+  objective: preference.Objective,
+) -> str:
+  """Returns a hash of all that log-probabilities depend on.
+
+  These are the token ids, cut to length as they are; the decoder, its dtypes
+  and weights; and the loss's weights of tokens. Rows, mesh and device are not
+  among them: they change the order of sums only.
+
+  Args:
+    dataset: the pairs.
+    model: the reference's decoder.
+    fingerprints: of each array of its parameters.
+    objective: of the loss, `ld_alpha` alone enters.
+  """
+  shape = dataclasses.asdict(model)
+  del shape["remat"]  # changes nothing without a backward pass
+  settings = [CACHE_VERSION, shape, dict(fingerprints), objective.ld_alpha]
+  digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+  digest.update(np.ascontiguousarray(dataset.lengths))
+  for first in range(0, len(dataset.lengths), _HASHED_PAIRS):
+    last = min(first + _HASHED_PAIRS, len(dataset.lengths))
+    for column in dataset.take(np.arange(first, last)):
+      digest.update(np.ascontiguousarray(column.values))
+  return digest.hexdigest()[:32]
+
+
+def cached_logps(
+  cache_dir: str | os.PathLike,
+  key: str,
+  num_pairs: int,
+  compute: Callable[[], np.ndarray],
+  say: Callable[[str], None],
+) -> np.ndarray:
+  """Returns f32[n,2] from the cache, computed and kept where it has none.
+
+  Every process must call this alike. The first one reads and writes, under a
+  lock: of two runs on one machine or file system that need the same values
+  one computes them. The others get what it has.
+
+  Args:
+    cache_dir: folder of all caches.
+    key: of `cache_key`.
+    num_pairs: n.
+    compute: returns the values; called by all processes or by none.
+    say: told in one line what was done.
+  """
+  path = pathlib.Path(cache_dir) / f"reference_{key}.npz"
+  is_writer = jax.process_index() == 0
+  with _locked(path, say) if is_writer else contextlib.nullcontext():
+    found, problem = None, ""
+    if is_writer and path.exists():
+      found, problem = _read(path, key, num_pairs)
+    has_found = multihost_utils.broadcast_one_to_all(
+      np.array(found is not None)
+    )
+    if has_found:
+      say(f"reference: log-probabilities of {num_pairs} pairs read from {path}")
+      if found is None:
+        found = np.zeros((num_pairs, 2), np.float32)
+      return np.asarray(multihost_utils.broadcast_one_to_all(found))
+    why = f" ({path.name} was damaged: {problem})" if problem else ""
+    say(f"reference: computes log-probabilities of {num_pairs} pairs{why}")
+    logps = np.asarray(compute(), np.float32)
+    if is_writer:
+      _write(path, key, logps)
+    return logps
+
+
+@contextlib.contextmanager
+def _locked(path: pathlib.Path, say: Callable[[str], None]) -> Iterator[None]:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  lock = filelock.FileLock(path.with_suffix(".lock"))
+  try:
+    lock.acquire(timeout=0)
+  except filelock.Timeout:
+    say(f"reference: waits for another run that writes {path}")
+    lock.acquire()
+  try:
+    yield
+  finally:
+    lock.release()
+
+
+def _read(
+  path: pathlib.Path, key: str, num_pairs: int
+) -> tuple[np.ndarray | None, str]:
+  """Returns the values of a cache, or None and why they are not to be used."""
+  try:
+    with np.load(path) as file:
+      logps, written = file["logps"], str(file["sha256"])
+  except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    return None, " ".join(str(error).split())
+  if logps.dtype != np.float32 or logps.shape != (num_pairs, 2):
+    return None, f"it holds {logps.dtype}{list(logps.shape)}"
+  if written != _checksum(key, logps):
+    return None, "its checksum differs"
+  return logps, ""
+
+
+def _write(path: pathlib.Path, key: str, logps: np.ndarray) -> None:
+  """Writes a cache, whole or not at all."""
+  part = path.with_name(f".{path.stem}-{uuid.uuid4().hex}")
+  try:
+    with part.open("wb") as file:
+      np.savez(file, logps=logps, sha256=np.array(_checksum(key, logps)))
+    part.replace(path)
+  finally:
+    part.unlink(missing_ok=True)
+
+
+def _checksum(key: str, logps: np.ndarray) -> str:
+  digest = hashlib.sha256(key.encode())
+  digest.update(np.ascontiguousarray(logps))
+  return digest.hexdigest()

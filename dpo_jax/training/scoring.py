@@ -1,0 +1,75 @@
+"""Log-probabilities of every pair of a dataset under one model."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from dpo_jax import sharding
+from dpo_jax.data import loader
+from dpo_jax.losses import preference
+from dpo_jax.models import config as model_config
+from dpo_jax.training import steps
+from dpo_jax.types import Batch, Params
+
+
+def device_batch(batch: Batch, batches: loader.Loader, mesh: Mesh) -> Batch:
+  """Returns a host batch as global arrays, rows split over the mesh."""
+  place = functools.partial(
+    sharding.place_rows,
+    mesh=mesh,
+    num_rows=batches.microbatch_rows,
+    first_row=batches.row_range[0],
+  )
+  whole = functools.partial(sharding.place_whole, mesh=mesh)
+  return Batch(
+    rows=jax.tree.map(place, batch.rows),
+    num_microbatches=whole(batch.num_microbatches),
+    lengths=whole(batch.lengths),
+    reference=None if batch.reference is None else whole(batch.reference),
+  )
+
+
+def response_logps(
+  model: model_config.ModelConfig,
+  params: Params,
+  objective: preference.Objective,
+  batches: loader.Loader,
+  mesh: Mesh,
+  *,
+  chunk_length: int,
+) -> np.ndarray:
+  """Returns f32[n,2], summed log-probabilities of chosen and rejected, nats.
+
+  Every pair once, in file order; a demonstration's `rejected` has 0. The
+  program is that of an evaluation, so rows, layouts and chunks are those of
+  the step.
+
+  Args:
+    model: the decoder.
+    params: its parameters, on the mesh.
+    objective: its token weights enter the sums, nothing else of it.
+    batches: the pairs.
+    mesh: all devices; to be called under `jax.set_mesh`.
+    chunk_length: scored positions of a row that meet the vocabulary at once.
+  """
+  scorer = steps.Scorer(
+    policy=model,
+    reference=None,
+    objective=dataclasses.replace(objective, wpo=False),
+    chunk_length=chunk_length,
+  )
+  score = jax.jit(
+    steps.make_score_step(scorer), out_shardings=sharding.replicated(mesh)
+  )
+  found = []
+  for batch in batches.eval_batches():
+    batch = dataclasses.replace(batch, reference=None)
+    placed = device_batch(batch, batches, mesh)
+    found.append(score(params, None, placed).policy)
+    # One batch late: the next is packed while the device computes, and no
+    # more than two are in its memory.
+    found[-2:-1] = jax.device_get(found[-2:-1])
+  return np.concatenate(jax.device_get(found))[: batches.num_pairs]
