@@ -47,6 +47,7 @@ class Range:
 
 
 Positive = Annotated[Scalar, Range(0, math.inf, "()")]
+NotNegative = Annotated[Scalar, Range(0, math.inf, "[)")]
 UnitInterval = Annotated[Scalar, Range(0, 1, "[]")]
 # A label wrong half of the time says nothing, and more often, the opposite.
 FlipRate = Annotated[Scalar, Range(0, 0.5, "[)")]
@@ -154,11 +155,7 @@ def find(name: str) -> Loss:
 def check_hyperparameters(
   loss: Loss, hyperparameters: Mapping[str, float]
 ) -> None:
-  """Raises ValueError unless these are the loss's, each in its range."""
-  for key in hyperparameters:
-    if key not in loss.hyperparameters:
-      honouring = [n for n, x in LOSSES.items() if key in x.hyperparameters]
-      raise does_not_honour(loss, key, honouring)
+  """Raises ValueError unless the loss finds each of its own in its range."""
   for key in loss.hyperparameters:
     if key not in hyperparameters:
       raise ValueError(f"loss {loss.name!r} needs loss.{key}")
@@ -175,9 +172,16 @@ def check(key: str, value: float, allowed: Range) -> None:
     raise ValueError(f"loss.{key}={value:g}: must be {allowed}")
 
 
-def does_not_honour(loss: Loss, key: str, losses: list[str]) -> ValueError:
+def does_not_honour(name: str, key: str, losses: list[str]) -> ValueError:
   """Returns the error of an option that a loss would have ignored."""
   return ValueError(
-    f"loss {loss.name!r} does not honour loss.{key}; losses that do:"
+    f"loss {name!r} does not honour loss.{key}; losses that do:"
     f" {', '.join(sorted(losses)) or 'none'}"
   )
+
+
+def smoothed(z: Array, label_smoothing: Scalar) -> Array:
+  """Returns the cross-entropy of s(z) to a label wrong with probability e."""
+  return -(1 - label_smoothing) * jax.nn.log_sigmoid(
+    z
+  ) - label_smoothing * jax.nn.log_sigmoid(-z)

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dpo_jax.losses import logprobs, modifiers, preference
+from dpo_jax.losses import logprobs, modifiers, objectives
+from dpo_jax.losses.registry import PairLogps
 from dpo_jax.models import config as model_config
 from dpo_jax.models import transformer
 from dpo_jax.training import metrics as metrics_lib
@@ -46,7 +47,7 @@ class Scorer:
 
   policy: model_config.ModelConfig
   reference: model_config.ModelConfig | None
-  objective: preference.Objective
+  objective: objectives.Objective
   chunk_length: int
 
   def scores(
@@ -81,7 +82,7 @@ class Scorer:
     chosen, rejected = scores.policy[:, 0], scores.policy[:, 1]
     reference = scores.reference
     counts = lengths.astype(chosen.dtype)
-    pairs = preference.PairLogps(
+    pairs = PairLogps(
       policy_chosen=chosen,
       policy_rejected=rejected,
       reference_chosen=None if reference is None else reference[:, 0],

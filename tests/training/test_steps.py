@@ -9,7 +9,7 @@ import pytest
 
 from dpo_jax import sharding, trainer
 from dpo_jax.data import dataset, loader
-from dpo_jax.losses import preference
+from dpo_jax.losses import objectives
 from dpo_jax.models import config as model_config
 from dpo_jax.models import transformer
 from dpo_jax.training import optimizers, state, steps
@@ -43,9 +43,10 @@ def _objective(name, **modifiers):
     "label_smoothing": 0.1,
     "alpha": 0.3,
     "tau": 0.05,
+    "lambda_": 0.5,
   }
-  needed = preference.LOSSES[name].hyperparameters
-  return preference.make_objective(
+  needed = objectives.LOSSES[name].hyperparameters
+  return objectives.make_objective(
     name, {key: parameters[key] for key in needed}, **modifiers
   )
 
@@ -118,7 +119,7 @@ def test_swapping_chosen_and_rejected_negates_the_margin():
   )
 
 
-@pytest.mark.parametrize("name", ["dpo", "sft", "unlikelihood", "aot"])
+@pytest.mark.parametrize("name", ["dpo", "sft", "unlikelihood", "aot", "orpo"])
 def test_the_split_into_microbatches_changes_no_number(name):
   one, _ = _run(_objective(name), microbatch_rows=16)
   four, _ = _run(_objective(name), microbatch_rows=2)
