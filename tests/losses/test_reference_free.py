@@ -1,4 +1,7 @@
+import contextlib
+import json
 import math
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +9,14 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from dpo_jax.losses import modifiers, reference_free, registry
+from dpo_jax.losses import modifiers, objectives, reference_free, registry
+
+GOLDEN = json.loads(
+  (
+    pathlib.Path(__file__).parents[1] / "golden" / "trl_reference_free.json"
+  ).read_text()
+)
+RENEW = "golden numbers of TRL: tests/golden/make_trl_losses.py renews them"
 
 
 def pairs_of(chosen, rejected, num_tokens=1.0, dtype="float32"):
@@ -93,3 +103,40 @@ def test_cpo_and_slic_see_sums_and_a_mean_of_tokens():
     (0 + 5) / 2 + 2 * 1.5,
     rtol=1e-6,
   )
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("number", range(len(GOLDEN["cases"])))
+def test_trl_is_met(number, dtype):
+  case = dict(GOLDEN["cases"][number])
+  expected = {
+    key: case.pop(key) for key in ("loss", "grad_chosen", "grad_rejected")
+  }
+  objective = objectives.make_objective(case.pop("name"), case)
+  x64 = dtype == "float64"
+  rtol = 1e-6 if x64 else 1e-4
+  with jax.enable_x64(True) if x64 else contextlib.nullcontext():
+    chosen, rejected = (
+      [jnp.asarray(tokens, dtype) for tokens in GOLDEN[f"policy_{side}"]]
+      for side in ("chosen", "rejected")
+    )
+
+    def loss_fn(chosen, rejected):
+      sums = lambda side: jnp.stack([tokens.sum() for tokens in side])
+      lengths = lambda side: jnp.asarray([len(x) for x in side], dtype)
+      pairs = registry.PairLogps(
+        sums(chosen),
+        sums(rejected),
+        None,
+        None,
+        lengths(chosen),
+        lengths(rejected),
+      )
+      return objective.per_pair(pairs).mean()
+
+    loss, grads = jax.value_and_grad(loss_fn, (0, 1))(chosen, rejected)
+    assert loss.dtype == dtype
+  np.testing.assert_allclose(loss, expected["loss"], rtol=rtol, err_msg=RENEW)
+  for ours, side in zip(grads, ("chosen", "rejected")):
+    for tokens, theirs in zip(ours, expected[f"grad_{side}"], strict=True):
+      np.testing.assert_allclose(tokens, theirs, rtol=rtol, err_msg=RENEW)
