@@ -51,8 +51,11 @@ def get_config() -> config_dict.ConfigDict:
   config.loss.label_smoothing = placeholder(float)  # in [0, 1/2)
   config.loss.tau = placeholder(float)  # discopop: temperature
   # unlikelihood: weight of rejected, in [0, 1]; cpo: weight of the chosen NLL;
-  # rdpo: reward of a token.
+  # rdpo: reward of a token; beta_dpo: change of beta per unit of margin.
   config.loss.alpha = placeholder(float)
+  config.loss.momentum = placeholder(float)  # beta_dpo: of the running margin
+  config.loss.desirable_weight = placeholder(float)  # bco: of chosen, > 0
+  config.loss.undesirable_weight = placeholder(float)  # bco: of rejected, > 0
   config.loss.gamma = placeholder(float)  # simpo: target margin, in reward
   config.loss.delta = placeholder(float)  # slic: margin, nats
   # dpop: of the penalty; orpo: of the odds ratio; slic: of the chosen NLL.

@@ -30,6 +30,8 @@ LOSSES = dict(
   dpop=dict(beta=0.3, lambda_=50.0),
   cal_dpo=dict(beta=0.1),
   chi_po=dict(beta=0.1, r_max=5.0),
+  beta_dpo=dict(beta=0.1, alpha=0.6, momentum=0.9),
+  bco=dict(beta=0.1, desirable_weight=1.0, undesirable_weight=1.0),
   mpo=dict(name="dpo:0.8,bco_pair:0.2,sft:1", beta=0.1),
   sft=dict(),
   sft_sum=dict(),

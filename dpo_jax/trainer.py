@@ -130,7 +130,11 @@ def init_state(experiment: Experiment) -> state.TrainState:
     experiment.mesh,
   )
   return dataclasses.replace(
-    first, reference=experiment.load_reference(first.params)
+    first,
+    reference=experiment.load_reference(first.params),
+    loss_state=state.init_loss_state(
+      experiment.scorer.objective.state, experiment.mesh
+    ),
   )
 
 

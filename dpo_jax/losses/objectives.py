@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from jaxtyping import Float, Int
 
@@ -11,6 +12,7 @@ from dpo_jax.losses import (
   preference,  # noqa: F401, puts its losses in the table
   reference_free,  # noqa: F401, puts its losses in the table
   registry,
+  running,  # noqa: F401, puts its losses in the table
 )
 from dpo_jax.losses.registry import Logps, Loss, PairLogps, Range
 from dpo_jax.types import Array, Rows
@@ -25,6 +27,16 @@ class Term:
   loss: Loss
   weight: float
   hyperparameters: tuple[tuple[str, float], ...]
+
+  def call(
+    self,
+    fn: Callable[..., Any],
+    pairs: PairLogps,
+    state: Mapping[str, Array] | None,
+  ) -> Any:
+    """Returns `fn`, of this loss, of the pairs and of what it needs besides."""
+    arguments = (pairs, state) if self.loss.state else (pairs,)
+    return fn(*arguments, **dict(self.hyperparameters))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +72,11 @@ class Objective:
     return self.wpo
 
   @property
+  def state(self) -> tuple[str, ...]:
+    """Names of the scalars that the train state carries, 0 at first."""
+    return tuple(name for term in self.terms for name in term.loss.state)
+
+  @property
   def beta(self) -> float:
     """What scales log-ratios to rewards; 1 for losses without a beta."""
     return next(
@@ -79,19 +96,23 @@ class Objective:
     return modifiers.length_desensitised_weights(rows, lengths, self.ld_alpha)
 
   def per_pair(
-    self, pairs: PairLogps, log_weights: Logps | None = None
+    self,
+    pairs: PairLogps,
+    log_weights: Logps | None = None,
+    state: Mapping[str, Array] | None = None,
   ) -> Logps:
     """Returns each pair's loss; the step takes the mean over valid pairs.
 
     Args:
       pairs: from sums under `token_weights`.
       log_weights: `modifiers.wpo_log_weights`, where these are needed.
+      state: a scalar for each name of `state`, where there are any.
     """
     scored = pairs
     if self.f_divergence != "reverse_kl":
       scored = modifiers.with_scores(pairs, self.f_divergence, self.f_alpha)
     losses = sum(
-      term.weight * term.loss.fn(scored, **dict(term.hyperparameters))
+      term.weight * term.call(term.loss.fn, scored, state)
       for term in self.terms
     )
     if self.wpo:
@@ -99,6 +120,18 @@ class Objective:
     if self.sft_weight:
       losses += self.sft_weight * modifiers.chosen_nll(pairs)
     return losses
+
+  def next_state(
+    self, pairs: PairLogps, state: Mapping[str, Array] | None
+  ) -> dict[str, Array] | None:
+    """Returns what the next step is given as `state`; None without names."""
+    if not self.state:
+      return None
+    found = {}
+    for term in self.terms:
+      if term.loss.next_state:
+        found |= term.call(term.loss.next_state, pairs, state)
+    return found
 
 
 def make_objective(

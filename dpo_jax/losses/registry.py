@@ -49,6 +49,7 @@ class Range:
 Positive = Annotated[Scalar, Range(0, math.inf, "()")]
 NotNegative = Annotated[Scalar, Range(0, math.inf, "[)")]
 UnitInterval = Annotated[Scalar, Range(0, 1, "[]")]
+Fraction = Annotated[Scalar, Range(0, 1, "[)")]
 # A label wrong half of the time says nothing, and more often, the opposite.
 FlipRate = Annotated[Scalar, Range(0, 0.5, "[)")]
 PositiveFlipRate = Annotated[Scalar, Range(0, 0.5, "()")]
@@ -94,12 +95,15 @@ class Loss:
   """A preference loss and what the training step must know of it."""
 
   name: str
-  fn: Callable[..., Array]  # (PairLogps, *, hyper-parameters) -> f[B]
+  # (PairLogps, *, hyper-parameters) -> f[B]; with a state, it comes second.
+  fn: Callable[..., Array]
   hyperparameters: tuple[str, ...]  # from the signature, without defaults
   needs_reference: bool
   inputs: str  # "pairs", or "demonstrations": chosen responses alone
   looks_across_batch: bool  # a pair's loss depends on the batch's other pairs
   honours: frozenset[str]  # of f_divergence, ld_alpha, wpo, sft_weight
+  state: tuple[str, ...] = ()  # scalars that steps hand on, 0 at first
+  next_state: Callable[..., dict[str, Array]] | None = None  # called as `fn`
 
   def range_of(self, hyperparameter: str) -> Range:
     """Returns what values the loss allows."""
@@ -116,6 +120,8 @@ def register(
   needs_reference: bool = True,
   inputs: str = "pairs",
   looks_across_batch: bool = False,
+  state: tuple[str, ...] = (),
+  next_state: Callable[..., dict[str, Array]] | None = None,
 ) -> Callable[[Any], Any]:
   """Returns a decorator that adds a loss to `LOSSES` under its own name."""
 
@@ -131,6 +137,8 @@ def register(
       inputs=inputs,
       looks_across_batch=looks_across_batch,
       honours=honours,
+      state=state,
+      next_state=next_state,
     )
     return fn
 

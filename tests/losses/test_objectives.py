@@ -62,6 +62,7 @@ def test_a_sum_needs_what_any_of_its_losses_needs():
   free = objectives.make_objective("sft:1,unlikelihood:0.1", {"alpha": 0.5})
   assert not free.needs_reference and free.inputs == "pairs"
   assert free.beta == 1
+  assert not free.state and free.next_state(make_pairs(), None) is None
   assert objectives.make_objective("sft:2", {}).inputs == "demonstrations"
   across = {"beta": 0.3, "label_smoothing": 0.0}
   assert objectives.make_objective("dpo:1,aot:1", across).looks_across_batch
@@ -175,6 +176,10 @@ def test_a_hyperparameter_is_a_number(value):
     ("dpop", "lambda_", -0.1, "at least 0"),
     ("cal_dpo", "beta", 0, "above 0"),
     ("chi_po", "r_max", 0, "above 0"),
+    ("beta_dpo", "alpha", -0.1, "at least 0"),
+    ("beta_dpo", "momentum", 1, "in [0, 1)"),
+    ("bco", "desirable_weight", 0, "above 0"),
+    ("bco", "undesirable_weight", -1, "above 0"),
     ("simpo", "gamma", -0.1, "at least 0"),
     ("simpo", "label_smoothing", 0.5, "in [0, 0.5)"),
     ("orpo", "lambda_", -0.1, "at least 0"),

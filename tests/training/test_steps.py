@@ -44,6 +44,9 @@ def _objective(name, **modifiers):
     "alpha": 0.3,
     "tau": 0.05,
     "lambda_": 0.5,
+    "momentum": 0.9,
+    "desirable_weight": 1.0,
+    "undesirable_weight": 0.5,
   }
   needed = objectives.LOSSES[name].hyperparameters
   return objectives.make_objective(
@@ -86,6 +89,10 @@ def _run(
     step = jax.jit(
       steps.make_train_step(scorer, optimizer, rate), donate_argnums=0
     )
+    names = objective.state
+    now = dataclasses.replace(
+      now, loss_state=state.init_loss_state(names, mesh)
+    )
     history = []
     for k in range(num_steps):
       placed = trainer.device_batch(batches.batch(k), batches, mesh)
@@ -119,7 +126,9 @@ def test_swapping_chosen_and_rejected_negates_the_margin():
   )
 
 
-@pytest.mark.parametrize("name", ["dpo", "sft", "unlikelihood", "aot", "orpo"])
+@pytest.mark.parametrize(
+  "name", ["dpo", "sft", "unlikelihood", "aot", "orpo", "beta_dpo", "bco"]
+)
 def test_the_split_into_microbatches_changes_no_number(name):
   one, _ = _run(_objective(name), microbatch_rows=16)
   four, _ = _run(_objective(name), microbatch_rows=2)
@@ -171,7 +180,7 @@ def test_a_coupled_loss_has_the_gradient_of_its_definition():
 
   expected = jax.grad(direct)(params)
   split = loader.Loader(_tokens(), batch_size=8, microbatch_rows=2).batch(0)
-  _, _, got = steps._coupled_gradient(scorer, params, reference, split)
+  _, _, got = steps._coupled_gradient(scorer, params, reference, split, None)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
     got,
@@ -182,6 +191,18 @@ def test_a_coupled_loss_has_the_gradient_of_its_definition():
 def test_a_loss_without_a_reference_holds_and_traces_none():
   _, last = _run(_objective("unlikelihood"), num_steps=1)
   assert last.reference is None
+
+
+def test_running_means_go_from_step_to_step():
+  history, after_two = _run(_objective("beta_dpo"))
+  assert history[0]["rewards/margins"] == 0  # the policy is its reference
+  assert float(after_two.loss_state["mean_margin"]) == pytest.approx(
+    0.1 * history[1]["rewards/margins"], rel=1e-4
+  )
+  _, last = _run(_objective("bco"))
+  assert float(last.loss_state["num_batches"]) == 2
+  _, plain = _run(_objective("dpo"), num_steps=1)
+  assert plain.loss_state is None
 
 
 def test_the_reference_stays_and_the_policy_moves():
