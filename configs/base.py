@@ -45,11 +45,22 @@ def get_config() -> config_dict.ConfigDict:
   config.model.logprob_chunk = 128  # scored positions a row that meet V at once
 
   config.loss = config_dict.ConfigDict()
-  config.loss.name = "dpo"  # a name of configs/losses.py
+  # A name of configs/losses.py, or a weighted sum: dpo:0.8,bco_pair:0.2,sft:1
+  config.loss.name = "dpo"
   config.loss.beta = placeholder(float)  # strength of the reference, > 0
   config.loss.label_smoothing = placeholder(float)  # in [0, 1/2)
   config.loss.tau = placeholder(float)  # discopop: temperature
-  config.loss.alpha = placeholder(float)  # unlikelihood: weight, in [0, 1]
+  # unlikelihood: weight of rejected, in [0, 1]; cpo: weight of the chosen NLL;
+  # rdpo: reward of a token; beta_dpo: change of beta per unit of margin.
+  config.loss.alpha = placeholder(float)
+  config.loss.momentum = placeholder(float)  # beta_dpo: of the running margin
+  config.loss.desirable_weight = placeholder(float)  # bco: of chosen, > 0
+  config.loss.undesirable_weight = placeholder(float)  # bco: of rejected, > 0
+  config.loss.gamma = placeholder(float)  # simpo: target margin, in reward
+  config.loss.delta = placeholder(float)  # slic: margin, nats
+  # dpop: of the penalty; orpo: of the odds ratio; slic: of the chosen NLL.
+  config.loss.lambda_ = placeholder(float)  # weight, at least 0
+  config.loss.r_max = placeholder(float)  # chi_po: bound of rewards, > 0
   config.loss.f_divergence = "reverse_kl"  # forward_kl, js, alpha
   config.loss.f_alpha = placeholder(float)  # of f_divergence alpha, not 1
   config.loss.ld_alpha = 1.0  # weight of tokens past the shorter response

@@ -1,9 +1,10 @@
 """The losses by name: one line each, with the hyper-parameters to start from.
 
 `get("ipo")` is what a config puts under `loss`. Starting points, to be swept:
-SPPO's eta of 1,000, EXO's label smoothing, DiscoPOP's tau and Tulu 3's
-length-normalised beta are those works' own; beta is 0.1 where nothing else is
-known to be better.
+SPPO's eta of 1,000, EXO's label smoothing, DiscoPOP's tau, Tulu 3's
+length-normalised beta, Smaug's beta and lambda, and CPO's alpha are those
+works' own; beta is 0.1 where nothing else is known to be better. `mpo` is Wang
+et al. 2024 (arXiv 2411.10442).
 """
 
 import difflib
@@ -25,15 +26,28 @@ LOSSES = dict(
   aot=dict(beta=0.1, label_smoothing=0.0),
   aot_unpaired=dict(beta=0.1, label_smoothing=0.0),
   discopop=dict(beta=0.05, tau=0.05),
+  rdpo=dict(beta=0.1, alpha=0.05),
+  dpop=dict(beta=0.3, lambda_=50.0),
+  cal_dpo=dict(beta=0.1),
+  chi_po=dict(beta=0.1, r_max=5.0),
+  beta_dpo=dict(beta=0.1, alpha=0.6, momentum=0.9),
+  bco=dict(beta=0.1, desirable_weight=1.0, undesirable_weight=1.0),
+  mpo=dict(name="dpo:0.8,bco_pair:0.2,sft:1", beta=0.1),
   sft=dict(),
   sft_sum=dict(),
   preferred_ft=dict(),
   unlikelihood=dict(alpha=0.1),
+  simpo=dict(beta=2.0, gamma=1.0, label_smoothing=0.0),
+  orpo=dict(lambda_=0.1),
+  cpo=dict(beta=0.1, alpha=1.0),
+  slic=dict(delta=1.0, lambda_=0.1),
 )
 
 
 def get(name: str) -> dict:
-  """Returns `{"name": name, ...}` with the loss's hyper-parameters.
+  """Returns `{"name": ..., ...}` with the loss's hyper-parameters.
+
+  The name is the line's own, but for a weighted sum of losses.
 
   Raises:
     ValueError: there is no such loss; the message names the nearest.
@@ -44,4 +58,4 @@ def get(name: str) -> dict:
     raise ValueError(
       f"unknown loss {name!r}; known: {', '.join(sorted(LOSSES))}{hint}"
     )
-  return dict(name=name, **LOSSES[name])
+  return dict(name=name) | LOSSES[name]

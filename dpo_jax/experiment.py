@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from dpo_jax import sharding
 from dpo_jax.checkpoints import source
 from dpo_jax.data import dataset, loader, synthetic, tokenize
-from dpo_jax.losses import preference
+from dpo_jax.losses import objectives
 from dpo_jax.models import config as model_config
 from dpo_jax.models import transformer
 from dpo_jax.training import loop, optimizers, state, steps
@@ -131,14 +131,14 @@ def to_plain(config: ConfigDict) -> dict[str, Any]:
   return json.loads(config.to_json())
 
 
-def make_objective(config: ConfigDict) -> preference.Objective:
+def make_objective(config: ConfigDict) -> objectives.Objective:
   """Returns the loss with its modifiers."""
   options = config.loss.to_dict()
   modifiers = ("f_divergence", "f_alpha", "ld_alpha", "wpo", "sft_weight")
   name = options.pop("name")
   modifiers = {key: options.pop(key) for key in modifiers}
   given = {key: value for key, value in options.items() if value is not None}
-  return preference.make_objective(name, given, **modifiers)
+  return objectives.make_objective(name, given, **modifiers)
 
 
 def _policy_config(config):

@@ -20,7 +20,7 @@ from dpo_jax import sharding, trainer
 from dpo_jax.checkpoints import source
 from dpo_jax.data import dataset, loader, synthetic, tokenize
 from dpo_jax.evaluation import frontier
-from dpo_jax.losses import preference
+from dpo_jax.losses import objectives
 from dpo_jax.models import transformer
 from dpo_jax.sampling import decode
 from dpo_jax.training import scoring, steps
@@ -117,7 +117,7 @@ class Policy:
     scorer = steps.Scorer(
       policy=self.config,
       reference=reference.config,
-      objective=preference.make_objective("sft", {}),
+      objective=objectives.make_objective("sft", {}),
       chunk_length=128,
     )
     tokens = dataset.TokenDataset.from_lists(

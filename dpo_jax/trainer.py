@@ -141,7 +141,13 @@ def init_state(
   first = state.init_state(
     params, experiment.optimizer, experiment.shardings, experiment.mesh
   )
-  return experiment, dataclasses.replace(first, reference=reference)
+  return experiment, dataclasses.replace(
+    first,
+    reference=reference,
+    loss_state=state.init_loss_state(
+      experiment.scorer.objective.state, experiment.mesh
+    ),
+  )
 
 
 def compile_train_step(

@@ -136,6 +136,18 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
   )
 
 
+def test_running_means_of_a_loss_go_on_bit_for_bit(tmp_path):
+  loss = (
+    "--config.loss.name=beta_dpo",
+    "--config.loss.alpha=0.6",
+    "--config.loss.momentum=0.9",
+  )
+  whole = train(tmp_path / "whole", *loss, "--config.steps=4")
+  train(tmp_path / "parted", *loss, "--config.steps=2")
+  parted = train(tmp_path / "parted", *loss, "--config.steps=4")
+  assert without_timings(parted) == without_timings(whole)
+
+
 def test_sigterm_saves_and_the_run_goes_on(tmp_path):
   workdir = tmp_path / "run"
   process = start(

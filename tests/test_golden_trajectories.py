@@ -23,6 +23,7 @@ RUNS = {
   "robust": ("robust", {"label_smoothing": 0.1}),
   "ld_dpo": ("dpo", {"ld_alpha": 0.5}),
   "wpo": ("dpo", {"wpo": True}),
+  "mpo": ("mpo", {}),
 }
 
 

@@ -18,7 +18,7 @@ def evaluate(
   """Returns the metrics of all pairs, as if they were one batch.
 
   A loss that looks across the batch looks across all of them, and a token
-  mean is taken over all their tokens.
+  mean is taken over all their tokens. Running means stay as they are.
 
   Args:
     scorer: the loss.
@@ -39,7 +39,8 @@ def evaluate(
   used = lengths[:, 0] > 0
   lengths = lengths[used]
   scores = jax.tree.map(lambda *x: np.concatenate(x)[used], *scores)
-  losses = scorer.losses(scores, lengths)
+  loss_state = jax.device_get(train_state.loss_state)
+  losses = scorer.losses(scores, lengths, loss_state)
   result = jax.device_get(scorer.metrics(scores, losses, lengths))
   result = {name: float(value) for name, value in result.items()}
   result["num_pairs"] = len(lengths)

@@ -1,6 +1,6 @@
 """Changes to a preference loss that do not depend on which loss it is.
 
-Each is usable with the losses whose `honours` names it; `preference.
+Each is usable with the losses whose `honours` names it; `objectives.
 make_objective` refuses the others.
 """
 
@@ -18,7 +18,7 @@ from dpo_jax.types import Array, Rows, typed
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
 
 # exp(80) = 5.5e34 is a float32 and leaves room to multiply by beta and add.
-_MAX_EXPONENT = 80.0
+MAX_EXPONENT = 80.0
 
 
 @typed
@@ -47,12 +47,12 @@ def f_score(
     case "reverse_kl":
       return logratio
     case "forward_kl":
-      return -jnp.expm1(jnp.minimum(-logratio, _MAX_EXPONENT))
+      return -jnp.expm1(jnp.minimum(-logratio, MAX_EXPONENT))
     case "js":
       return jnp.log(2.0).astype(logratio.dtype) + jax.nn.log_sigmoid(logratio)
     case "alpha":
       power = f_alpha - 1
-      return jnp.expm1(jnp.minimum(power * logratio, _MAX_EXPONENT)) / power
+      return jnp.expm1(jnp.minimum(power * logratio, MAX_EXPONENT)) / power
   raise AssertionError(f_divergence)
 
 

@@ -1,4 +1,4 @@
-"""Preference losses: log-probabilities of pairs to one number a pair.
+"""Losses of pairs against a reference: log-probabilities to one number a pair.
 
 Every loss is pure and unreduced: the training step takes the mean over the
 pairs. Natural logs throughout. In the docstrings, per pair:
@@ -12,36 +12,26 @@ pairs. Natural logs throughout. In the docstrings, per pair:
 beta above 0 is the strength of the tie to the reference.
 """
 
-import dataclasses
-import math
-from collections.abc import Mapping
-
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Int
 
 from dpo_jax.losses import modifiers, registry
 from dpo_jax.losses.registry import (
   FlipRate,
   Logps,
-  Loss,
+  NotNegative,
   PairLogps,
   Positive,
   PositiveFlipRate,
-  Range,
   Scalar,
-  UnitInterval,
 )
-from dpo_jax.types import Array, Rows, typed
-
-LOSSES: dict[str, Loss] = registry.LOSSES
+from dpo_jax.types import Array, typed
 
 # Modifiers that a loss may honour: of the log-ratios' difference alone, of
 # both log-ratios, and of the batch's sorted log-ratios.
 _OF_MARGIN = frozenset({"f_divergence", "ld_alpha", "wpo", "sft_weight"})
 _PAIRWISE = _OF_MARGIN - {"f_divergence"}
 _SORTED = _PAIRWISE - {"wpo"}
-_NONE = frozenset()
 
 
 @typed
@@ -58,7 +48,7 @@ def implicit_rewards(pairs: PairLogps, beta: Scalar) -> tuple[Logps, Logps]:
 @typed
 def dpo(pairs: PairLogps, *, beta: Positive) -> Logps:
   """Returns -ls(z): Rafailov et al. 2023 (DPO, arXiv 2305.18290), eq 7."""
-  return _smoothed(beta * pairs.margin, 0.0)
+  return registry.smoothed(beta * pairs.margin, 0.0)
 
 
 @registry.register(honours=_OF_MARGIN)
@@ -71,7 +61,7 @@ def cdpo(
   Mitchell 2023, "A note on DPO with noisy preferences & relationship to IPO":
   labels are taken to be wrong with probability e.
   """
-  return _smoothed(beta * pairs.margin, label_smoothing)
+  return registry.smoothed(beta * pairs.margin, label_smoothing)
 
 
 @registry.register(honours=_OF_MARGIN)
@@ -129,7 +119,7 @@ def dpo_norm(pairs: PairLogps, *, beta: Positive) -> Logps:
 
   Lambert et al. 2024 (Tulu 3, arXiv 2411.15124), eq 6.
   """
-  return _smoothed(beta * _length_averaged_margin(pairs), 0.0)
+  return registry.smoothed(beta * _length_averaged_margin(pairs), 0.0)
 
 
 @registry.register(honours=_PAIRWISE)
@@ -217,7 +207,74 @@ def discopop(pairs: PairLogps, *, beta: Positive, tau: Positive) -> Logps:
   z = beta * pairs.margin
   # m exp(-z) in one exponential: where exp(-z) overflows, m is 0.
   exponential = jnp.exp(jax.nn.log_sigmoid(z / tau) - z)
-  return jax.nn.sigmoid(-z / tau) * _smoothed(z, 0.0) + exponential
+  return jax.nn.sigmoid(-z / tau) * registry.smoothed(z, 0.0) + exponential
+
+
+@registry.register(honours=_PAIRWISE)
+@typed
+def rdpo(pairs: PairLogps, *, beta: Positive, alpha: NotNegative) -> Logps:
+  """Returns -ls(z + alpha (nw - nl)), length-regularised DPO.
+
+  Park et al. 2024 (R-DPO, arXiv 2403.19159): with a price of alpha on every
+  token the best policy's reward is beta log-ratio + alpha length, so a length
+  difference explains its part of a preference and the policy need not learn
+  it: the longer chosen is beside rejected, the smaller the gradient.
+
+  Args:
+    pairs: log-probabilities and lengths.
+    beta: as in `dpo`.
+    alpha: reward a token, in units of beta * nats; 0 gives `dpo`.
+  """
+  lengths = pairs.chosen_lengths - pairs.rejected_lengths
+  return registry.smoothed(beta * pairs.margin + alpha * lengths, 0.0)
+
+
+@registry.register(honours=_PAIRWISE)
+@typed
+def dpop(pairs: PairLogps, *, beta: Positive, lambda_: NotNegative) -> Logps:
+  """Returns -ls(beta (d - lambda max(0, rw - lw))), DPO-Positive.
+
+  Pal et al. 2024 (Smaug, arXiv 2402.13228): a chosen response that
+  becomes less likely than under the reference is penalised. lambda of 0 gives
+  `dpo`.
+  """
+  fall = jax.nn.relu(-pairs.chosen_logratio)
+  return registry.smoothed(beta * (pairs.margin - lambda_ * fall), 0.0)
+
+
+@registry.register(honours=_PAIRWISE)
+@typed
+def cal_dpo(pairs: PairLogps, *, beta: Positive) -> Logps:
+  """Returns -ls(d) + (u - 1 / (2 beta))^2 + (v + 1 / (2 beta))^2.
+
+  Xiao et al. 2024 (Cal-DPO, arXiv 2412.14516): log-ratios are tied to the
+  scale of rewards of 1/2 and -1/2. beta stands in the targets alone.
+  """
+  return registry.smoothed(pairs.margin, 0.0) + sppo_hard(pairs, beta=beta)
+
+
+@registry.register(honours=_PAIRWISE)
+@typed
+def chi_po(pairs: PairLogps, *, beta: Positive, r_max: Positive) -> Logps:
+  """Returns -ls(clip(beta (phi(u) - phi(v)), +-2 r_max)), phi(x) = exp(x) + x.
+
+  Huang et al. 2024 (chi^2-PO, arXiv 2407.13399): phi(t) = t + log t of the
+  probability ratio t ties the policy to the reference by the chi^2 and the KL
+  divergence together. A pair past the clip has no gradient, on either side.
+
+  Differs: exponents stop at 80, so that no score overflows.
+
+  Args:
+    pairs: log-probabilities.
+    beta: strength of the tie.
+    r_max: bound of the rewards that the pairs were labelled by.
+  """
+  chosen, rejected = (
+    jnp.exp(jnp.minimum(x, modifiers.MAX_EXPONENT)) + x
+    for x in (pairs.chosen_logratio, pairs.rejected_logratio)
+  )
+  margin = beta * (chosen - rejected)
+  return registry.smoothed(jnp.clip(margin, -2 * r_max, 2 * r_max), 0.0)
 
 
 @registry.register(honours=_SORTED, looks_across_batch=True)
@@ -236,7 +293,7 @@ def aot(
     pairs.reference_chosen - pairs.reference_rejected,
     pairs.chosen_lengths > 0,
   )
-  return _smoothed(beta * x, label_smoothing)
+  return registry.smoothed(beta * x, label_smoothing)
 
 
 @registry.register(honours=_SORTED, looks_across_batch=True)
@@ -252,58 +309,7 @@ def aot_unpaired(
   x = _quantile_difference(
     pairs.chosen_logratio, pairs.rejected_logratio, pairs.chosen_lengths > 0
   )
-  return _smoothed(beta * x, label_smoothing)
-
-
-@registry.register(
-  honours=_NONE, needs_reference=False, inputs="demonstrations"
-)
-@typed
-def sft(pairs: PairLogps) -> Logps:
-  """Returns -lw times pairs over chosen tokens of the batch.
-
-  The mean over pairs is then the negative log-likelihood of a token.
-  """
-  return modifiers.chosen_nll(pairs)
-
-
-@registry.register(
-  honours=_NONE, needs_reference=False, inputs="demonstrations"
-)
-@typed
-def sft_sum(pairs: PairLogps) -> Logps:
-  """Returns -lw: `sft` with each response summed, as DPO's authors train."""
-  return -pairs.policy_chosen
-
-
-@registry.register(
-  honours=_NONE, needs_reference=False, inputs="demonstrations"
-)
-@typed
-def preferred_ft(pairs: PairLogps) -> Logps:
-  """Returns `sft`, whose demonstrations are the chosen responses of pairs.
-
-  Rafailov et al. 2023 (arXiv 2305.18290), sec 6, Preferred-FT.
-  """
-  return modifiers.chosen_nll(pairs)
-
-
-@registry.register(honours=_PAIRWISE, needs_reference=False)
-@typed
-def unlikelihood(pairs: PairLogps, *, alpha: UnitInterval) -> Logps:
-  """Returns -lw + alpha ll.
-
-  Welleck et al. 2019 as Rafailov et al. 2023 (arXiv 2305.18290, app C.3) use
-  it: the rejected response is made less likely. Not bounded below.
-  """
-  return -pairs.policy_chosen + alpha * pairs.policy_rejected
-
-
-def _smoothed(z: Array, label_smoothing: Scalar) -> Array:
-  """Returns the cross-entropy of s(z) to a label wrong with probability e."""
-  return -(1 - label_smoothing) * jax.nn.log_sigmoid(
-    z
-  ) - label_smoothing * jax.nn.log_sigmoid(-z)
+  return registry.smoothed(beta * x, label_smoothing)
 
 
 def _length_averaged_margin(pairs: PairLogps) -> Array:
@@ -319,123 +325,3 @@ def _quantile_difference(x: Array, y: Array, valid: Array) -> Array:
   rank = jnp.argsort(order)
   matched = jnp.sort(jnp.where(valid, y, largest))[rank]
   return jnp.where(valid, x - matched, 0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Objective:
-  """A loss with its hyper-parameters and modifiers, checked."""
-
-  loss: Loss
-  hyperparameters: tuple[tuple[str, float], ...]
-  f_divergence: str
-  f_alpha: float | None
-  ld_alpha: float
-  wpo: bool
-  sft_weight: float
-
-  @property
-  def needs_reference(self) -> bool:
-    """Whether reference log-probabilities are read."""
-    return self.loss.needs_reference
-
-  @property
-  def looks_across_batch(self) -> bool:
-    """Whether all pairs of a batch must be present at once."""
-    return self.loss.looks_across_batch
-
-  @property
-  def inputs(self) -> str:
-    """`pairs` or `demonstrations`."""
-    return self.loss.inputs
-
-  @property
-  def needs_log_sum_squares(self) -> bool:
-    """Whether `per_pair` must be given `modifiers.wpo_log_weights`."""
-    return self.wpo
-
-  @property
-  def beta(self) -> float:
-    """What scales log-ratios to rewards; 1 for a loss without a beta."""
-    return dict(self.hyperparameters).get("beta", 1.0)
-
-  def token_weights(
-    self, rows: Rows, lengths: Int[Array, "B 2"]
-  ) -> Float[Array, "R S"]:
-    """Returns each token's weight in its response's sum, 0 at padding."""
-    return modifiers.length_desensitised_weights(rows, lengths, self.ld_alpha)
-
-  def per_pair(
-    self, pairs: PairLogps, log_weights: Logps | None = None
-  ) -> Logps:
-    """Returns each pair's loss; the step takes the mean over valid pairs.
-
-    Args:
-      pairs: from sums under `token_weights`.
-      log_weights: `modifiers.wpo_log_weights`, where these are needed.
-    """
-    scored = pairs
-    if self.f_divergence != "reverse_kl":
-      scored = modifiers.with_scores(pairs, self.f_divergence, self.f_alpha)
-    losses = self.loss.fn(scored, **dict(self.hyperparameters))
-    if self.wpo:
-      losses = modifiers.weighted(losses, log_weights)
-    if self.sft_weight:
-      losses += self.sft_weight * modifiers.chosen_nll(pairs)
-    return losses
-
-
-def make_objective(
-  name: str,
-  hyperparameters: Mapping[str, float],
-  *,
-  f_divergence: str = "reverse_kl",
-  f_alpha: float | None = None,
-  ld_alpha: float = 1.0,
-  wpo: bool = False,
-  sft_weight: float = 0.0,
-) -> Objective:
-  """Returns the loss `name` with its hyper-parameters and modifiers.
-
-  Args:
-    name: a key of `LOSSES`.
-    hyperparameters: all of the loss's, and no others.
-    f_divergence: one of `modifiers.F_DIVERGENCES`.
-    f_alpha: the alpha of `f_divergence="alpha"`, not 1.
-    ld_alpha: weight, in [0, 1], of tokens past the shorter response's length.
-    wpo: weight pairs by their probability under the policy.
-    sft_weight: weight, at least 0, of the chosen responses' token-mean NLL.
-
-  Raises:
-    ValueError: a value is not allowed, or the loss does not honour it.
-  """
-  loss = registry.find(name)
-  registry.check_hyperparameters(loss, hyperparameters)
-  modifiers.check_f_divergence(f_divergence, f_alpha)
-  registry.check("ld_alpha", ld_alpha, Range(0, 1, "[]"))
-  registry.check("sft_weight", sft_weight, Range(0, math.inf, "[)"))
-  used = {
-    "f_divergence": f_divergence != "reverse_kl",
-    "ld_alpha": ld_alpha != 1,
-    "wpo": wpo,
-    "sft_weight": sft_weight != 0,
-  }
-  for modifier, is_used in used.items():
-    if is_used and modifier not in loss.honours:
-      honouring = [n for n, x in LOSSES.items() if modifier in x.honours]
-      raise registry.does_not_honour(loss, modifier, honouring)
-  if used["ld_alpha"] and used["sft_weight"]:
-    raise ValueError(
-      f"loss.sft_weight={sft_weight:g}: must be 0 where loss.ld_alpha is"
-      " below 1; its likelihood counts every token alike"
-    )
-  return Objective(
-    loss=loss,
-    hyperparameters=tuple(
-      (key, float(hyperparameters[key])) for key in loss.hyperparameters
-    ),
-    f_divergence=f_divergence,
-    f_alpha=None if f_alpha is None else float(f_alpha),
-    ld_alpha=float(ld_alpha),
-    wpo=bool(wpo),
-    sft_weight=float(sft_weight),
-  )

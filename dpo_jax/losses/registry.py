@@ -47,7 +47,9 @@ class Range:
 
 
 Positive = Annotated[Scalar, Range(0, math.inf, "()")]
+NotNegative = Annotated[Scalar, Range(0, math.inf, "[)")]
 UnitInterval = Annotated[Scalar, Range(0, 1, "[]")]
+Fraction = Annotated[Scalar, Range(0, 1, "[)")]
 # A label wrong half of the time says nothing, and more often, the opposite.
 FlipRate = Annotated[Scalar, Range(0, 0.5, "[)")]
 PositiveFlipRate = Annotated[Scalar, Range(0, 0.5, "()")]
@@ -93,12 +95,15 @@ class Loss:
   """A preference loss and what the training step must know of it."""
 
   name: str
-  fn: Callable[..., Array]  # (PairLogps, *, hyper-parameters) -> f[B]
+  # (PairLogps, *, hyper-parameters) -> f[B]; with a state, it comes second.
+  fn: Callable[..., Array]
   hyperparameters: tuple[str, ...]  # from the signature, without defaults
   needs_reference: bool
   inputs: str  # "pairs", or "demonstrations": chosen responses alone
   looks_across_batch: bool  # a pair's loss depends on the batch's other pairs
   honours: frozenset[str]  # of f_divergence, ld_alpha, wpo, sft_weight
+  state: tuple[str, ...] = ()  # scalars that steps hand on, 0 at first
+  next_state: Callable[..., dict[str, Array]] | None = None  # called as `fn`
 
   def range_of(self, hyperparameter: str) -> Range:
     """Returns what values the loss allows."""
@@ -115,6 +120,8 @@ def register(
   needs_reference: bool = True,
   inputs: str = "pairs",
   looks_across_batch: bool = False,
+  state: tuple[str, ...] = (),
+  next_state: Callable[..., dict[str, Array]] | None = None,
 ) -> Callable[[Any], Any]:
   """Returns a decorator that adds a loss to `LOSSES` under its own name."""
 
@@ -130,6 +137,8 @@ def register(
       inputs=inputs,
       looks_across_batch=looks_across_batch,
       honours=honours,
+      state=state,
+      next_state=next_state,
     )
     return fn
 
@@ -154,11 +163,7 @@ def find(name: str) -> Loss:
 def check_hyperparameters(
   loss: Loss, hyperparameters: Mapping[str, float]
 ) -> None:
-  """Raises ValueError unless these are the loss's, each in its range."""
-  for key in hyperparameters:
-    if key not in loss.hyperparameters:
-      honouring = [n for n, x in LOSSES.items() if key in x.hyperparameters]
-      raise does_not_honour(loss, key, honouring)
+  """Raises ValueError unless the loss finds each of its own in its range."""
   for key in loss.hyperparameters:
     if key not in hyperparameters:
       raise ValueError(f"loss {loss.name!r} needs loss.{key}")
@@ -175,9 +180,16 @@ def check(key: str, value: float, allowed: Range) -> None:
     raise ValueError(f"loss.{key}={value:g}: must be {allowed}")
 
 
-def does_not_honour(loss: Loss, key: str, losses: list[str]) -> ValueError:
+def does_not_honour(name: str, key: str, losses: list[str]) -> ValueError:
   """Returns the error of an option that a loss would have ignored."""
   return ValueError(
-    f"loss {loss.name!r} does not honour loss.{key}; losses that do:"
+    f"loss {name!r} does not honour loss.{key}; losses that do:"
     f" {', '.join(sorted(losses)) or 'none'}"
   )
+
+
+def smoothed(z: Array, label_smoothing: Scalar) -> Array:
+  """Returns the cross-entropy of s(z) to a label wrong with probability e."""
+  return -(1 - label_smoothing) * jax.nn.log_sigmoid(
+    z
+  ) - label_smoothing * jax.nn.log_sigmoid(-z)

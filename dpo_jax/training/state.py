@@ -16,12 +16,13 @@ from dpo_jax.types import Array, Params
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-  """The policy, its optimizer state and the reference, if a step runs it."""
+  """The policy, its optimizer and loss state, and a reference that is run."""
 
   step: Array  # i32[]  updates done
   params: Params
   opt_state: Any
   reference: Params | None = None
+  loss_state: dict[str, Array] | None = None  # f32[]  of running means
 
   def without_reference(self) -> "TrainState":
     """Returns what a checkpoint holds of a run whose reference stays."""
@@ -78,6 +79,16 @@ def init_state(
   opt_state = jax.jit(optimizer.init, out_shardings=layouts)(params)
   step = jax.device_put(jnp.zeros((), jnp.int32), sharding.replicated(mesh))
   return TrainState(step=step, params=params, opt_state=opt_state)
+
+
+def init_loss_state(
+  names: tuple[str, ...], mesh: Mesh
+) -> dict[str, Array] | None:
+  """Returns a zero for each of `names`; None where there are none."""
+  zero = lambda: jax.device_put(
+    jnp.zeros((), jnp.float32), sharding.replicated(mesh)
+  )
+  return {name: zero() for name in names} or None
 
 
 def abstract_state(state: TrainState) -> TrainState:

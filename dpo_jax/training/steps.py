@@ -15,13 +15,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dpo_jax.losses import logprobs, modifiers, preference
+from dpo_jax.losses import logprobs, modifiers, objectives
+from dpo_jax.losses.registry import PairLogps
 from dpo_jax.models import config as model_config
 from dpo_jax.models import transformer
 from dpo_jax.training import metrics as metrics_lib
 from dpo_jax.training import reference as reference_lib
 from dpo_jax.training import state as state_lib
 from dpo_jax.types import Array, Batch, Params, Rows
+
+LossState = dict[str, Array] | None  # f32[]  running means of a loss
 
 
 @jax.tree_util.register_dataclass
@@ -48,7 +51,7 @@ class Scorer:
 
   policy: model_config.ModelConfig
   reference: model_config.ModelConfig | None
-  objective: preference.Objective
+  objective: objectives.Objective
   chunk_length: int
 
   def scores(
@@ -78,28 +81,30 @@ class Scorer:
       log_weights = modifiers.wpo_log_weights(tokens, rows, lengths)
     return PairScores(policy, reference, log_weights)
 
-  def losses(self, scores: PairScores, lengths: Array) -> Array:
+  def losses(
+    self, scores: PairScores, lengths: Array, loss_state: LossState = None
+  ) -> Array:
     """Returns f[B], the loss of each pair."""
-    chosen, rejected = scores.policy[:, 0], scores.policy[:, 1]
-    reference = scores.reference
-    counts = lengths.astype(chosen.dtype)
-    pairs = preference.PairLogps(
-      policy_chosen=chosen,
-      policy_rejected=rejected,
-      reference_chosen=None if reference is None else reference[:, 0],
-      reference_rejected=None if reference is None else reference[:, 1],
-      chosen_lengths=counts[:, 0],
-      rejected_lengths=counts[:, 1],
-    )
-    return self.objective.per_pair(pairs, scores.log_weights)
+    pairs = _pair_logps(scores, lengths)
+    return self.objective.per_pair(pairs, scores.log_weights, loss_state)
+
+  def next_loss_state(
+    self, scores: PairScores, lengths: Array, loss_state: LossState
+  ) -> LossState:
+    """Returns the loss state after this batch."""
+    return self.objective.next_state(_pair_logps(scores, lengths), loss_state)
 
   def mean_loss(
-    self, scores: PairScores, lengths: Array, here: Array | None = None
+    self,
+    scores: PairScores,
+    lengths: Array,
+    loss_state: LossState,
+    here: Array | None = None,
   ) -> tuple[Array, Array]:
     """Returns the batch mean over the pairs that are `here`, and f[B]."""
     valid = lengths[:, 0] > 0
     here = valid if here is None else valid & here
-    losses = jnp.where(here, self.losses(scores, lengths), 0)
+    losses = jnp.where(here, self.losses(scores, lengths, loss_state), 0)
     return jnp.sum(losses) / jnp.sum(valid), losses
 
   def metrics(
@@ -157,7 +162,7 @@ def make_train_step(
 
   def step(state, batch):
     scores, losses, grads = gradient(
-      scorer, state.params, state.reference, batch
+      scorer, state.params, state.reference, batch, state.loss_state
     )
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     metrics = scorer.metrics(scores, losses, batch.lengths)
@@ -173,6 +178,9 @@ def make_train_step(
       params=params,
       opt_state=opt_state,
       reference=held,
+      loss_state=scorer.next_loss_state(
+        scores, batch.lengths, state.loss_state
+      ),
     )
     return state, metrics
 
@@ -201,6 +209,20 @@ def _with_cached(scores: PairScores, reference: Array | None) -> PairScores:
   return dataclasses.replace(scores, reference=reference)
 
 
+def _pair_logps(scores: PairScores, lengths: Array) -> PairLogps:
+  chosen, rejected = scores.policy[:, 0], scores.policy[:, 1]
+  reference = scores.reference
+  counts = lengths.astype(chosen.dtype)
+  return PairLogps(
+    policy_chosen=chosen,
+    policy_rejected=rejected,
+    reference_chosen=None if reference is None else reference[:, 0],
+    reference_rejected=None if reference is None else reference[:, 1],
+    chosen_lengths=counts[:, 0],
+    rejected_lengths=counts[:, 1],
+  )
+
+
 def _loop(batch: Batch, body: Callable[[Rows], Any]) -> Any:
   """Returns the sum of `body(rows)` over the microbatches that are filled."""
   take = lambda i: jax.tree.map(
@@ -220,7 +242,7 @@ def _loop(batch: Batch, body: Callable[[Rows], Any]) -> Any:
   )
 
 
-def _pairwise_gradient(scorer, params, reference, batch):
+def _pairwise_gradient(scorer, params, reference, batch, loss_state):
   """Returns scores, losses f[B] and gradients in one pass over the rows."""
 
   def loss_fn(params, rows):
@@ -230,7 +252,7 @@ def _pairwise_gradient(scorer, params, reference, batch):
       # As a traced reference has it: 0 for the pairs of other rows.
       cached = jnp.where(here[:, None], batch.reference, 0)
       scores = _with_cached(scores, cached)
-    loss, losses = scorer.mean_loss(scores, batch.lengths, here)
+    loss, losses = scorer.mean_loss(scores, batch.lengths, loss_state, here)
     return loss, (scores, losses)
 
   def body(rows):
@@ -240,7 +262,7 @@ def _pairwise_gradient(scorer, params, reference, batch):
   return _loop(batch, body)
 
 
-def _coupled_gradient(scorer, params, reference, batch):
+def _coupled_gradient(scorer, params, reference, batch, loss_state):
   """Returns the same for a loss that looks across the batch.
 
   The first pass scores every pair; the loss of all of them then says what
@@ -249,7 +271,9 @@ def _coupled_gradient(scorer, params, reference, batch):
   scores = make_score_step(scorer)(params, reference, batch)
 
   policy_only = dataclasses.replace(scorer, reference=None)
-  batch_loss = lambda scores: scorer.mean_loss(scores, batch.lengths)
+  batch_loss = lambda scores: scorer.mean_loss(
+    scores, batch.lengths, loss_state
+  )
   weights, losses = jax.grad(batch_loss, has_aux=True)(scores)
   weights = dataclasses.replace(weights, reference=None)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax.losses import logprobs, modifiers, preference
+from dpo_jax.losses import logprobs, modifiers, objectives, preference
 from dpo_jax.types import Rows
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "trl_losses.json"
@@ -62,23 +62,22 @@ def _values(case, key, rows, dtype):
   return jnp.asarray(values)
 
 
-def _objectives(case):
-  """Returns (weight, objective) of each of a case's losses."""
-  for name, weight in zip(case["loss_types"], case["loss_weights"]):
-    name = OUR_NAMES.get(name, name)
-    options = {"tau": 0.05, "label_smoothing": 0.0, **case}
-    keys = preference.LOSSES[name].hyperparameters
-    divergence = case.get("f_divergence", "reverse_kl")
-    yield (
-      weight,
-      preference.make_objective(
-        name,
-        {key: options[key] for key in keys},
-        f_divergence=OUR_DIVERGENCES.get(divergence, divergence),
-        ld_alpha=case.get("ld_alpha", 1.0),
-        wpo=case.get("use_weighting", False),
-      ),
-    )
+def _objective(case):
+  names = [OUR_NAMES.get(name, name) for name in case["loss_types"]]
+  name = names[0]
+  if len(names) > 1:
+    parts = zip(names, case["loss_weights"])
+    name = ",".join(f"{member}:{weight}" for member, weight in parts)
+  options = {"tau": 0.05, "label_smoothing": 0.0, **case}
+  keys = {k for n in names for k in objectives.LOSSES[n].hyperparameters}
+  divergence = case.get("f_divergence", "reverse_kl")
+  return objectives.make_objective(
+    name,
+    {key: options[key] for key in keys},
+    f_divergence=OUR_DIVERGENCES.get(divergence, divergence),
+    ld_alpha=case.get("ld_alpha", 1.0),
+    wpo=case.get("use_weighting", False),
+  )
 
 
 def _evaluate(case, dtype):
@@ -88,8 +87,8 @@ def _evaluate(case, dtype):
     _values(case, key, rows, dtype)
     for key in ("policy", "reference", "log_sum_sq")
   )
-  objectives = list(_objectives(case))
-  weights = objectives[0][1].token_weights(rows, lengths)
+  objective = _objective(case)
+  weights = objective.token_weights(rows, lengths)
   sums = lambda x: logprobs.response_sums(x * weights, rows, len(lengths))
 
   def loss_fn(policy):
@@ -108,10 +107,7 @@ def _evaluate(case, dtype):
       rows,
       lengths,
     )
-    loss = sum(
-      weight * objective.per_pair(pairs, log_weights).mean()
-      for weight, objective in objectives
-    )
+    loss = objective.per_pair(pairs, log_weights).mean()
     rewards = preference.implicit_rewards(pairs, case["beta"])
     return loss, _metrics(pairs, *rewards)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from dpo_jax.losses import logprobs, modifiers, preference
+from dpo_jax.losses import logprobs, modifiers, objectives, preference
 from dpo_jax.types import Rows
 
 # Two pairs: 1 chosen and 3 rejected tokens in the first row, 2 and 2 in the
@@ -70,7 +70,7 @@ def test_scores_and_their_gradients_are_finite_and_rise(f_divergence, f_alpha):
 
 def test_scores_enter_the_loss_and_not_the_rewards():
   pairs = make_pairs()
-  objective = preference.make_objective(
+  objective = objectives.make_objective(
     "dpo", {"beta": 0.3}, f_divergence="forward_kl"
   )
   delta = -math.exp(-2) + math.exp(1)
@@ -81,19 +81,19 @@ def test_scores_enter_the_loss_and_not_the_rewards():
 
 
 def test_tokens_past_the_shorter_response_weigh_ld_alpha():
-  objective = preference.make_objective("dpo", {"beta": 0.3}, ld_alpha=0.25)
+  objective = objectives.make_objective("dpo", {"beta": 0.3}, ld_alpha=0.25)
   np.testing.assert_array_equal(
     objective.token_weights(ROWS, LENGTHS),
     [[1, 1, 0.25, 0.25, 0], [1, 1, 1, 1, 0]],
   )
-  plain = preference.make_objective("dpo", {"beta": 0.3})
+  plain = objectives.make_objective("dpo", {"beta": 0.3})
   np.testing.assert_array_equal(
     plain.token_weights(ROWS, LENGTHS), RESPONSE >= 0
   )
 
 
 def test_ld_alpha_of_zero_equals_cutting_at_the_shorter_response():
-  objective = preference.make_objective("dpo", {"beta": 0.3}, ld_alpha=0.0)
+  objective = objectives.make_objective("dpo", {"beta": 0.3}, ld_alpha=0.0)
   values = jnp.asarray(np.random.default_rng(0).normal(size=RESPONSE.shape))
   weighted = values * objective.token_weights(ROWS, LENGTHS)
   cut = dataclasses.replace(
@@ -120,7 +120,7 @@ def test_wpo_weight_by_hand_and_without_gradient():
   )
   grads = jax.grad(lambda x: log_weights(x).sum())(logps)
   np.testing.assert_array_equal(grads, jnp.zeros_like(logps))
-  objective = preference.make_objective("dpo", {"beta": 0.3}, wpo=True)
+  objective = objectives.make_objective("dpo", {"beta": 0.3}, wpo=True)
   pairs = make_pairs((2.0, 1.0), (-1.0, 0.5))
   np.testing.assert_allclose(
     objective.per_pair(pairs, log_weights(logps)),
@@ -142,7 +142,7 @@ def test_sft_weight_adds_the_chosen_token_mean():
   pairs = dataclasses.replace(
     make_pairs((-2.0, -1.0), (-1.0, -3.0)), chosen_lengths=jnp.array([1.0, 4.0])
   )
-  objective = preference.make_objective("dpo", {"beta": 0.3}, sft_weight=0.5)
+  objective = objectives.make_objective("dpo", {"beta": 0.3}, sft_weight=0.5)
   added = objective.per_pair(pairs) - preference.dpo(pairs, beta=0.3)
   np.testing.assert_allclose(added.mean(), 0.5 * 3 / 5, rtol=1e-5)
 
@@ -150,7 +150,7 @@ def test_sft_weight_adds_the_chosen_token_mean():
 def test_sft_weight_adds_likelihoods_and_not_scores():
   pairs = make_pairs()
   added = [
-    preference.make_objective(
+    objectives.make_objective(
       "dpo", {"beta": 0.3}, f_divergence="js", sft_weight=weight
     ).per_pair(pairs)
     for weight in (0.0, 1.0)

@@ -10,7 +10,7 @@ import pytest
 
 from dpo_jax import sharding
 from dpo_jax.data import dataset, loader
-from dpo_jax.losses import preference
+from dpo_jax.losses import objectives
 from dpo_jax.models import config as model_config
 from dpo_jax.models import transformer
 from dpo_jax.training import optimizers, scoring, state, steps
@@ -40,9 +40,13 @@ def _objective(name, **modifiers):
     "label_smoothing": 0.1,
     "alpha": 0.3,
     "tau": 0.05,
+    "lambda_": 0.5,
+    "momentum": 0.9,
+    "desirable_weight": 1.0,
+    "undesirable_weight": 0.5,
   }
-  needed = preference.LOSSES[name].hyperparameters
-  return preference.make_objective(
+  needed = objectives.LOSSES[name].hyperparameters
+  return objectives.make_objective(
     name, {key: parameters[key] for key in needed}, **modifiers
   )
 
@@ -83,6 +87,10 @@ def _run(
       now = dataclasses.replace(now, reference=copy)
     step = jax.jit(
       steps.make_train_step(scorer, optimizer, rate), donate_argnums=0
+    )
+    names = objective.state
+    now = dataclasses.replace(
+      now, loss_state=state.init_loss_state(names, mesh)
     )
     history = []
     for k in range(num_steps):
@@ -125,7 +133,9 @@ def test_swapping_chosen_and_rejected_negates_the_margin():
   np.testing.assert_allclose(margins(True), -margins(False), atol=2e-4)
 
 
-@pytest.mark.parametrize("name", ["dpo", "sft", "unlikelihood", "aot"])
+@pytest.mark.parametrize(
+  "name", ["dpo", "sft", "unlikelihood", "aot", "orpo", "beta_dpo", "bco"]
+)
 def test_the_split_into_microbatches_changes_no_number(name):
   one, _ = _run(_objective(name), microbatch_rows=16)
   four, _ = _run(_objective(name), microbatch_rows=2)
@@ -177,7 +187,7 @@ def test_a_coupled_loss_has_the_gradient_of_its_definition():
 
   expected = jax.grad(direct)(params)
   split = loader.Loader(_tokens(), batch_size=8, microbatch_rows=2).batch(0)
-  _, _, got = steps._coupled_gradient(scorer, params, reference, split)
+  _, _, got = steps._coupled_gradient(scorer, params, reference, split, None)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
     got,
@@ -214,6 +224,18 @@ def test_no_array_of_a_step_is_larger_in_the_vocabulary_than_one_chunk():
 def test_a_loss_without_a_reference_holds_and_traces_none():
   _, last = _run(_objective("unlikelihood"), num_steps=1)
   assert last.reference is None
+
+
+def test_running_means_go_from_step_to_step():
+  history, after_two = _run(_objective("beta_dpo"))
+  assert history[0]["rewards/margins"] == 0  # the policy is its reference
+  assert float(after_two.loss_state["mean_margin"]) == pytest.approx(
+    0.1 * history[1]["rewards/margins"], rel=1e-4
+  )
+  _, last = _run(_objective("bco"))
+  assert float(last.loss_state["num_batches"]) == 2
+  _, plain = _run(_objective("dpo"), num_steps=1)
+  assert plain.loss_state is None
 
 
 def test_the_reference_stays_and_the_policy_moves():

@@ -1,0 +1,121 @@
+"""Losses with running means, which the train state carries from step to step.
+
+Symbols as in `preference`. Such a loss is given the means as they were before
+its batch, all 0 before the first one; its `next_state` returns them after it.
+No gradient passes through a mean.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dpo_jax.losses import registry
+from dpo_jax.losses.registry import (
+  Fraction,
+  Logps,
+  NotNegative,
+  PairLogps,
+  Positive,
+)
+from dpo_jax.types import Array, typed
+
+_PAIRWISE = frozenset({"ld_alpha", "wpo", "sft_weight"})
+
+# A batch far below the running margin would else turn the loss around.
+_MIN_BETA_SCALE = 0.01
+
+State = Mapping[str, Any]  # f32[] by name
+
+
+def _next_margin(pairs: PairLogps, state: State, *, beta, alpha, momentum):
+  del alpha
+  new = (1 - momentum) * _mean(pairs, beta * pairs.margin)
+  return {"mean_margin": momentum * state["mean_margin"] + new}
+
+
+@registry.register(
+  honours=_PAIRWISE,
+  looks_across_batch=True,
+  state=("mean_margin",),
+  next_state=_next_margin,
+)
+@typed
+def beta_dpo(
+  pairs: PairLogps,
+  state: State,
+  *,
+  beta: Positive,
+  alpha: NotNegative,
+  momentum: Fraction,
+) -> Logps:
+  """Returns -ls(b d), b = beta (1 + alpha (M - M0)): one beta a batch.
+
+  Wu et al. 2024 (beta-DPO, arXiv 2407.08639): M is the batch mean of the
+  reward margin beta d, and M0 its running mean; a batch whose pairs are told
+  apart easily is tied more closely to the reference.
+
+  Differs: b is at least a hundredth of beta; pairs are not filtered, and M0
+  starts at 0, the margin of a policy that is its reference.
+
+  Args:
+    pairs: log-probabilities of the whole batch.
+    state: `mean_margin`, M0 before this batch.
+    beta: the beta of a batch at the running mean.
+    alpha: how far a margin moves beta; 0 gives `dpo`.
+    momentum: M0's part of the next M0; the rest is this batch's M.
+  """
+  distance = _mean(pairs, beta * pairs.margin) - state["mean_margin"]
+  scale = jnp.maximum(1 + alpha * distance, _MIN_BETA_SCALE)
+  return registry.smoothed(beta * scale * pairs.margin, 0.0)
+
+
+def _next_reward(pairs: PairLogps, state: State, *, beta, **weights):
+  del weights
+  rewards = beta * (pairs.chosen_logratio + pairs.rejected_logratio) / 2
+  count = state["num_batches"] + 1
+  change = (_mean(pairs, rewards) - state["mean_reward"]) / count
+  return {"mean_reward": state["mean_reward"] + change, "num_batches": count}
+
+
+@registry.register(
+  honours=_PAIRWISE,
+  looks_across_batch=True,
+  state=("mean_reward", "num_batches"),
+  next_state=_next_reward,
+)
+@typed
+def bco(
+  pairs: PairLogps,
+  state: State,
+  *,
+  beta: Positive,
+  desirable_weight: Positive,
+  undesirable_weight: Positive,
+) -> Logps:
+  """Returns -a ls(beta u - delta) - b ls(-(beta v - delta)).
+
+  Jung et al. 2024 (BCO, arXiv 2404.04656), with the reward shift delta: the
+  mean reward of all responses, of this batch and of those before it, each
+  batch weighing the same. A pair is one desirable and one undesirable example
+  and has the sum of their losses, as in `bco_pair`.
+
+  Args:
+    pairs: log-probabilities of the whole batch.
+    state: `mean_reward` and `num_batches` before this batch.
+    beta: scales log-ratios to rewards.
+    desirable_weight: a, of chosen responses.
+    undesirable_weight: b, of rejected responses.
+  """
+  delta = _next_reward(pairs, state, beta=beta)["mean_reward"]
+  desirable = jax.nn.log_sigmoid(beta * pairs.chosen_logratio - delta)
+  undesirable = jax.nn.log_sigmoid(delta - beta * pairs.rejected_logratio)
+  return -desirable_weight * desirable - undesirable_weight * undesirable
+
+
+def _mean(pairs: PairLogps, values: Array) -> Array:
+  """Returns the mean over the slots that hold a pair, without gradient."""
+  valid = pairs.chosen_lengths > 0
+  total = jnp.sum(jnp.where(valid, values, 0))
+  return jax.lax.stop_gradient(total / jnp.maximum(jnp.sum(valid), 1))
