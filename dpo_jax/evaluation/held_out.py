@@ -14,7 +14,7 @@ from dpo_jax import sharding
 from dpo_jax.checkpoints import source
 from dpo_jax.data import dataset, examples, loader, tokenize
 from dpo_jax.evaluation import preference_report
-from dpo_jax.losses import preference
+from dpo_jax.losses import objectives
 from dpo_jax.models import transformer
 from dpo_jax.training import scoring
 
@@ -193,7 +193,7 @@ def _logps(opened, settings, tokens) -> np.ndarray:
     return scoring.response_logps(
       model,
       opened.load(model, layouts),
-      preference.make_objective("sft", {}),
+      objectives.make_objective("sft", {}),
       batches,
       mesh,
       chunk_length=CHUNK_LENGTH,

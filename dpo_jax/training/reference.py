@@ -30,7 +30,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from dpo_jax.data import loader
-from dpo_jax.losses import preference
+from dpo_jax.losses import objectives
 from dpo_jax.models import config as model_config
 from dpo_jax.types import Array, Params
 
@@ -150,7 +150,7 @@ def make_reference(
   return Reference(mode, model, alpha, every)
 
 
-def check_mode(mode: str, objective: preference.Objective) -> None:
+def check_mode(mode: str, objective: objectives.Objective) -> None:
   """Raises ValueError unless a run of this loss can have this mode."""
   if mode not in MODES:
     raise ValueError(
@@ -170,7 +170,7 @@ def cache_key(
   dataset: loader.Dataset,
   model: model_config.ModelConfig,
   fingerprints: Mapping[str, int],
-  objective: preference.Objective,
+  objective: objectives.Objective,
 ) -> str:
   """Returns a hash of all that log-probabilities depend on.
 

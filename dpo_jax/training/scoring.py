@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from dpo_jax import sharding
 from dpo_jax.data import loader
-from dpo_jax.losses import preference
+from dpo_jax.losses import objectives
 from dpo_jax.models import config as model_config
 from dpo_jax.training import steps
 from dpo_jax.types import Batch, Params
@@ -35,7 +35,7 @@ def device_batch(batch: Batch, batches: loader.Loader, mesh: Mesh) -> Batch:
 def response_logps(
   model: model_config.ModelConfig,
   params: Params,
-  objective: preference.Objective,
+  objective: objectives.Objective,
   batches: loader.Loader,
   mesh: Mesh,
   *,

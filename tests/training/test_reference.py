@@ -14,12 +14,12 @@ from configs import quickstart
 from dpo_jax import experiment as experiment_lib
 from dpo_jax import sharding, trainer
 from dpo_jax.data import dataset
-from dpo_jax.losses import preference
+from dpo_jax.losses import objectives
 from dpo_jax.models import config as model_config
 from dpo_jax.training import reference
 
 TINY = model_config.make_config("tiny")
-DPO = preference.make_objective("dpo", {"beta": 0.1})
+DPO = objectives.make_objective("dpo", {"beta": 0.1})
 MAKE_MESH = sharding.make_mesh
 COMPUTES, READS = "computes log-probabilities", "read from"
 
@@ -194,10 +194,10 @@ def test_the_key_is_of_tokens_weights_and_token_weights():
   base = reference.cache_key(tokens(8), TINY, prints, DPO)
   again = reference.cache_key(tokens(8), TINY, prints, DPO)
   assert base == again
-  more_beta = preference.make_objective("ipo", {"beta": 3.0})
+  more_beta = objectives.make_objective("ipo", {"beta": 3.0})
   assert reference.cache_key(tokens(8), TINY, prints, more_beta) == base
   half = model_config.make_config("tiny", dtype="bfloat16")
-  other = preference.make_objective("dpo", {"beta": 0.1}, ld_alpha=0.5)
+  other = objectives.make_objective("dpo", {"beta": 0.1}, ld_alpha=0.5)
   moved = dataset.TokenDataset.from_lists(
     [[1], [2, 3]], [[4], [5]], [[6], [7, 8]]
   )
