@@ -166,6 +166,9 @@ def device_batch(batch: Batch, batches: loader.Loader, mesh: Mesh) -> Batch:
     rows=jax.tree.map(place, batch.rows),
     num_microbatches=sharding.place_whole(batch.num_microbatches, mesh),
     lengths=sharding.place_whole(batch.lengths, mesh),
+    score_gaps=jax.tree.map(
+      lambda x: sharding.place_whole(x, mesh), batch.score_gaps
+    ),
   )
 
 

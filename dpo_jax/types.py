@@ -54,3 +54,5 @@ class Batch:
   rows: Rows  # each leaf [M,R,...]
   num_microbatches: Array  # i32[]  how many of M are filled
   lengths: Array  # i32[B,2]  response tokens of chosen and rejected
+  # f32[B]  of scored pairs: the score of chosen above that of rejected
+  score_gaps: Array | None = None

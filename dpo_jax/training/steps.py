@@ -80,10 +80,14 @@ class Scorer:
     return PairScores(policy, reference, log_weights)
 
   def losses(
-    self, scores: PairScores, lengths: Array, loss_state: LossState = None
+    self,
+    scores: PairScores,
+    lengths: Array,
+    loss_state: LossState = None,
+    score_gaps: Array | None = None,
   ) -> Array:
     """Returns f[B], the loss of each pair."""
-    pairs = _pair_logps(scores, lengths)
+    pairs = _pair_logps(scores, lengths, score_gaps)
     return self.objective.per_pair(pairs, scores.log_weights, loss_state)
 
   def next_loss_state(
@@ -95,14 +99,15 @@ class Scorer:
   def mean_loss(
     self,
     scores: PairScores,
-    lengths: Array,
+    batch: Batch,
     loss_state: LossState,
     here: Array | None = None,
   ) -> tuple[Array, Array]:
     """Returns the batch mean over the pairs that are `here`, and f[B]."""
-    valid = lengths[:, 0] > 0
+    valid = batch.lengths[:, 0] > 0
     here = valid if here is None else valid & here
-    losses = jnp.where(here, self.losses(scores, lengths, loss_state), 0)
+    losses = self.losses(scores, batch.lengths, loss_state, batch.score_gaps)
+    losses = jnp.where(here, losses, 0)
     return jnp.sum(losses) / jnp.sum(valid), losses
 
   def metrics(
@@ -115,7 +120,7 @@ class Scorer:
       scores.reference,
       lengths,
       beta=self.objective.beta,
-      has_rejected=self.objective.inputs == "pairs",
+      has_rejected=self.objective.inputs != "demonstrations",
     )
 
   def _token_logps(self, config, params, rows, with_log_sum_squares=False):
@@ -192,7 +197,9 @@ def make_score_step(
   return score
 
 
-def _pair_logps(scores: PairScores, lengths: Array) -> PairLogps:
+def _pair_logps(
+  scores: PairScores, lengths: Array, score_gaps: Array | None = None
+) -> PairLogps:
   chosen, rejected = scores.policy[:, 0], scores.policy[:, 1]
   reference = scores.reference
   counts = lengths.astype(chosen.dtype)
@@ -203,6 +210,7 @@ def _pair_logps(scores: PairScores, lengths: Array) -> PairLogps:
     reference_rejected=None if reference is None else reference[:, 1],
     chosen_lengths=counts[:, 0],
     rejected_lengths=counts[:, 1],
+    score_gaps=score_gaps,
   )
 
 
@@ -231,7 +239,7 @@ def _pairwise_gradient(scorer, params, reference, batch, loss_state):
   def loss_fn(params, rows):
     scores = scorer.scores(params, reference, rows, batch.lengths)
     here = _present(rows, len(batch.lengths))
-    loss, losses = scorer.mean_loss(scores, batch.lengths, loss_state, here)
+    loss, losses = scorer.mean_loss(scores, batch, loss_state, here)
     return loss, (scores, losses)
 
   def body(rows):
@@ -250,9 +258,7 @@ def _coupled_gradient(scorer, params, reference, batch, loss_state):
   scores = make_score_step(scorer)(params, reference, batch)
 
   policy_only = dataclasses.replace(scorer, reference=None)
-  batch_loss = lambda scores: scorer.mean_loss(
-    scores, batch.lengths, loss_state
-  )
+  batch_loss = lambda scores: scorer.mean_loss(scores, batch, loss_state)
   weights, losses = jax.grad(batch_loss, has_aux=True)(scores)
   weights = dataclasses.replace(weights, reference=None)
 

@@ -193,6 +193,17 @@ def test_a_loss_without_a_reference_holds_and_traces_none():
   assert last.reference is None
 
 
+def test_score_gaps_go_with_their_pairs_into_every_microbatch():
+  data = _tokens()
+  data.score_gaps = np.linspace(0.2, 5.0, NUM_PAIRS, dtype=np.float32)
+  one, _ = _run(_objective("odpo"), data=data, num_steps=1, microbatch_rows=16)
+  four, _ = _run(_objective("odpo"), data=data, num_steps=1, microbatch_rows=2)
+  _assert_same(four, one)
+  gaps = data.score_gaps[loader.epoch_order(0, 0, NUM_PAIRS)[:8]]
+  expected = np.log1p(np.exp(0.3 * np.log(gaps))).mean()
+  assert one[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_running_means_go_from_step_to_step():
   history, after_two = _run(_objective("beta_dpo"))
   assert history[0]["rewards/margins"] == 0  # the policy is its reference
