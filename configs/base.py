@@ -51,7 +51,8 @@ def get_config() -> config_dict.ConfigDict:
   config.loss.label_smoothing = placeholder(float)  # in [0, 1/2)
   config.loss.tau = placeholder(float)  # discopop: temperature
   # unlikelihood: weight of rejected, in [0, 1]; cpo: weight of the chosen NLL;
-  # rdpo: reward of a token; beta_dpo: change of beta per unit of margin.
+  # rdpo: reward of a token; beta_dpo: change of beta per unit of margin; odpo:
+  # weight of the log of the score difference.
   config.loss.alpha = placeholder(float)
   config.loss.momentum = placeholder(float)  # beta_dpo: of the running margin
   config.loss.desirable_weight = placeholder(float)  # bco: of chosen, > 0

@@ -28,6 +28,7 @@ LOSSES = dict(
   discopop=dict(beta=0.05, tau=0.05),
   rdpo=dict(beta=0.1, alpha=0.05),
   dpop=dict(beta=0.3, lambda_=50.0),
+  odpo=dict(beta=0.1, alpha=1.0),
   cal_dpo=dict(beta=0.1),
   chi_po=dict(beta=0.1, r_max=5.0),
   beta_dpo=dict(beta=0.1, alpha=0.6, momentum=0.9),

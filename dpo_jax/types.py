@@ -56,3 +56,5 @@ class Batch:
   lengths: Array  # i32[B,2]  response tokens of chosen and rejected
   # Summed log-probability under the reference, where it comes with the batch.
   reference: Array | None = None  # f32[B,2]
+  # f32[B]  of scored pairs: the score of chosen above that of rejected
+  score_gaps: Array | None = None

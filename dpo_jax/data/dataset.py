@@ -27,6 +27,7 @@ from dpo_jax.data.packing import PairTokens, Ragged
 # To be raised with any change of what a row is tokenised to.
 CACHE_VERSION = 1
 COLUMNS = ("prompt", "chosen", "rejected")
+SCORE_GAPS = "score_gaps"
 REPORT = "report.json"
 
 
@@ -34,17 +35,23 @@ class TokenDataset:
   """Token ids of n pairs, read in place from an Arrow table.
 
   `lengths` is i32[n,3], the tokens of prompt, chosen and rejected; a
-  demonstration has an empty `rejected`. `report` says what became of the rows
-  that these come from.
+  demonstration has an empty `rejected`. `score_gaps` is f32[n] of scored
+  pairs, else None. `report` says what became of the rows that these come from.
   """
 
   def __init__(self, table: pa.Table, report: tokenize.Report):
-    """Takes a table of int32 lists, columns `COLUMNS`; copies no token."""
+    """Takes a table of int32 lists, columns `COLUMNS`; copies no token.
+
+    A column `SCORE_GAPS` of float32 may stand beside them.
+    """
     self.report = report
     self._table = table
     self._columns = [_Column(table.column(name)) for name in COLUMNS]
     lengths = [column.lengths for column in self._columns]
     self.lengths = np.stack(lengths, 1).astype(np.int32)
+    self.score_gaps = None
+    if SCORE_GAPS in table.column_names:
+      self.score_gaps = table.column(SCORE_GAPS).to_numpy()
 
   @classmethod
   def from_lists(
@@ -117,7 +124,7 @@ def load(
     path: what the source reads.
     split: which part of it.
     tokenizer: of `tokenize.load_tokenizer`.
-    inputs: `pairs` or `demonstrations`.
+    inputs: one of `examples.INPUTS`.
     max_length: tokens in prompt and response together.
     max_prompt_length: tokens in a prompt.
     is_builder: whether this process of the run builds; exactly one must.
@@ -185,11 +192,14 @@ def _write(
   partial = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
   partial.mkdir(parents=True)
   try:
+    ragged = (tokens.prompt, tokens.chosen, tokens.rejected)
     arrays = [
       pa.LargeListArray.from_arrays(pa.array(x.offsets), pa.array(x.values))
-      for x in tokens
+      for x in ragged
     ]
     table = pa.table(arrays, names=COLUMNS)
+    if tokens.score_gaps is not None:
+      table = table.append_column(SCORE_GAPS, pa.array(tokens.score_gaps))
     datasets.disable_progress_bars()
     datasets.Dataset(table).save_to_disk(partial)
     written = dataclasses.asdict(report) | {"sha256": _checksum(partial)}

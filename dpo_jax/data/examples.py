@@ -2,7 +2,8 @@
 
 An example is a dict of `prompt, chosen, rejected` (a pair), of `prompt,
 response` (a demonstration), or of `dropped`, the reason why a row gives none.
-Prompt and responses are strings, or lists of {role, content} messages.
+Prompt and responses are strings, or lists of {role, content} messages. A
+scored pair has `score_gap` too, by how much chosen scores above rejected.
 
 A new source is one module with a function `read(path, split)` that yields
 rows, and one line in `SOURCES`. Its rows may have any of these columns:
@@ -14,6 +15,8 @@ rows, and one line in `SOURCES`. Its rows may have any of these columns:
   prompt, response           a demonstration
   messages                   a demonstration whose response is the last one
   text                       a demonstration with an empty prompt
+  chosen_score,              numbers beside a pair, read where scored pairs
+    rejected_score           are asked for
 
 Where demonstrations are asked for, the response of a pair is `chosen`. A
 column `subset`, if a row has it, stands in its example as text: evaluations
@@ -22,6 +25,8 @@ count by it. Other columns are not looked at.
 
 import hashlib
 import json
+import math
+import numbers
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -29,8 +34,10 @@ from typing import Any
 from dpo_jax.data import hh, hub, jsonl, synthetic
 
 SOURCES = {"hh": hh, "hub": hub, "jsonl": jsonl, "synthetic": synthetic}
-INPUTS = ("pairs", "demonstrations")
+INPUTS = ("pairs", "scored_pairs", "demonstrations")
 PROMPTS_DIFFER = "prompts differ"
+NOT_ABOVE = "chosen scores no higher than rejected"
+MIN_SCORE_GAP = 1e-30  # still a float32 above 0, which is what batches hold
 
 Text = str | list[dict[str, Any]]
 
@@ -42,7 +49,7 @@ def read(source: str, path: str, *, split: str, inputs: str) -> Iterator[dict]:
     source: a name of `SOURCES`.
     path: a file, or what else the source takes.
     split: which part; not looked at for a local file.
-    inputs: `pairs` or `demonstrations`.
+    inputs: one of `INPUTS`.
 
   Raises:
     ValueError: an unknown source, a path that cannot be read or is empty, a
@@ -50,7 +57,11 @@ def read(source: str, path: str, *, split: str, inputs: str) -> Iterator[dict]:
   """
   if inputs not in INPUTS:
     raise ValueError(f"unknown inputs {inputs!r}; known: {', '.join(INPUTS)}")
-  make_example = _make_pair if inputs == "pairs" else _make_demonstration
+  make_example = {
+    "pairs": _make_pair,
+    "scored_pairs": _make_scored_pair,
+    "demonstrations": _make_demonstration,
+  }[inputs]
   number = 0
   for number, row in enumerate(_rows(source, path, split), 1):
     is_line = ".jsonl" in os.path.basename(path)
@@ -100,6 +111,19 @@ def _make_pair(row: dict, where: str) -> dict:
       chosen, rejected = _as_response(chosen), _as_response(rejected)
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
   return _split_messages(prompt, chosen, rejected, where)
+
+
+def _make_scored_pair(row: dict, where: str) -> dict:
+  """Returns the pair of a row, with `score_gap` above 0."""
+  pair = _make_pair(row, where)
+  if "dropped" in pair:
+    return pair
+  chosen, rejected = (
+    _get_number(row, name, where) for name in ("chosen_score", "rejected_score")
+  )
+  if chosen - rejected < MIN_SCORE_GAP:
+    return {"dropped": NOT_ABOVE}
+  return pair | {"score_gap": chosen - rejected}
 
 
 def _split_strings(chosen: str, rejected: str, where: str) -> dict:
@@ -204,6 +228,21 @@ def _get_text(row: dict, name: str, where: str) -> Text:
       " list of {role, content} messages"
     )
   return value
+
+
+def _get_number(row: dict, name: str, where: str) -> float:
+  """Returns a column, checked to be a finite number."""
+  if name not in row:
+    raise ValueError(
+      f"{where}: no column {name!r}; columns: {', '.join(row) or 'none'}"
+    )
+  value = row[name]
+  is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+  if not is_number or not math.isfinite(value):
+    raise ValueError(
+      f"{where}: column {name!r} is {_kind(value)}; allowed: a finite number"
+    )
+  return float(value)
 
 
 def _is_message(value: Any) -> bool:

@@ -22,6 +22,7 @@ class Dataset(Protocol):
   """What a loader reads: token counts of all pairs, tokens of some."""
 
   lengths: np.ndarray  # i32[n,3]  tokens of prompt, chosen, rejected
+  score_gaps: np.ndarray | None  # f32[n]  of scored pairs
 
   def take(self, indices: np.ndarray) -> packing.PairTokens:
     """Returns the tokens of some pairs, in the order asked for."""
@@ -256,7 +257,11 @@ class Loader:
       reference = np.zeros((self.batch_size, 2), np.float32)
       reference[: len(indices)] = self.reference_logps[indices]
     num_filled = math.ceil(plan.num_rows / self.microbatch_rows)
-    return Batch(rows, np.int32(num_filled), lengths, reference)
+    score_gaps = None
+    if self.dataset.score_gaps is not None:
+      score_gaps = np.zeros(self.batch_size, np.float32)
+      score_gaps[: len(indices)] = self.dataset.score_gaps[indices]
+    return Batch(rows, np.int32(num_filled), lengths, reference, score_gaps)
 
 
 class Prefetch(Generic[T]):

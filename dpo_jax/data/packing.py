@@ -42,6 +42,7 @@ class PairTokens(NamedTuple):
   prompt: Ragged
   chosen: Ragged
   rejected: Ragged
+  score_gaps: np.ndarray | None = None  # f32[n]  of scored pairs
 
 
 @dataclasses.dataclass(frozen=True)

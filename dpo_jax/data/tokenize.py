@@ -134,7 +134,8 @@ def tokenize(
   Args:
     rows: examples, as `examples.read` yields them.
     tokenizer: of `load_tokenizer`.
-    inputs: `pairs`, or `demonstrations` (the response stands in `chosen`).
+    inputs: `pairs`, `scored_pairs`, or `demonstrations` (the response stands
+      in `chosen`).
     max_length: tokens in prompt and response together, at least 1.
     max_prompt_length: tokens in a prompt, at least 1.
 
@@ -149,14 +150,19 @@ def tokenize(
       raise ValueError(f"{name}={value}: must be at least 1")
   report = Report()
   columns = [_Lists(), _Lists(), _Lists()]
+  score_gaps = array.array("f")
   rows = iter(rows)
   while chunk := list(itertools.islice(rows, CHUNK_ROWS)):
-    for lists in _tokenize_chunk(chunk, tokenizer, inputs, report):
+    for row, lists in _tokenize_chunk(chunk, tokenizer, inputs, report):
       kept = _truncate(lists, max_length, max_prompt_length, report)
       if kept:
         for column, tokens in zip(columns, kept, strict=True):
           column.append(tokens)
+        if inputs == "scored_pairs":
+          score_gaps.append(row["score_gap"])
   tokens = PairTokens(*(column.ragged() for column in columns))
+  if inputs == "scored_pairs":
+    tokens = tokens._replace(score_gaps=np.array(score_gaps, np.float32))
   report.tokens = {
     "prompt": len(tokens.prompt.values),
     "chosen": len(tokens.chosen.values),
@@ -215,8 +221,8 @@ def encode_responses(
 
 def _tokenize_chunk(
   rows: list[dict], tokenizer: Tokenizer, inputs: str, report: Report
-) -> Iterator[tuple[list[int], ...]]:
-  """Yields prompt, chosen and rejected of the rows that are not dropped."""
+) -> Iterator[tuple[dict, tuple[list[int], ...]]]:
+  """Yields rows that are not dropped, with prompt, chosen and rejected."""
   report.read += len(rows)
   for row in rows:
     if "dropped" in row:
@@ -224,13 +230,13 @@ def _tokenize_chunk(
   rows = [row for row in rows if "dropped" not in row]
   prompts = [row["prompt"] for row in rows]
   encoded = [encode_prompts(tokenizer, prompts)]
-  is_pairs = inputs == "pairs"
+  is_pairs = inputs != "demonstrations"
   for name in ("chosen", "rejected") if is_pairs else ("response",):
     responses = [row[name] for row in rows]
     encoded.append(encode_responses(tokenizer, prompts, responses))
   if not is_pairs:
     encoded.append([[] for _ in rows])
-  yield from zip(*encoded, strict=True)
+  yield from zip(rows, zip(*encoded, strict=True), strict=True)
 
 
 def _truncate(

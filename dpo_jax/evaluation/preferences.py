@@ -30,17 +30,20 @@ def evaluate(
     The keys of `preference_metrics`, `num_pairs`, and
     `rewards/accuracies_stderr`, the binomial standard error.
   """
-  scores, lengths = [], []
+  scores, lengths, score_gaps = [], [], []
   for batch in batches:
     result = score_step(train_state.params, train_state.reference, batch)
     scores.append(jax.device_get(result))
     lengths.append(jax.device_get(batch.lengths))
+    score_gaps.append(jax.device_get(batch.score_gaps))
   lengths = np.concatenate(lengths)
   used = lengths[:, 0] > 0
   lengths = lengths[used]
-  scores = jax.tree.map(lambda *x: np.concatenate(x)[used], *scores)
+  join = lambda *x: np.concatenate(x)[used]
+  scores = jax.tree.map(join, *scores)
+  score_gaps = jax.tree.map(join, *score_gaps)
   loss_state = jax.device_get(train_state.loss_state)
-  losses = scorer.losses(scores, lengths, loss_state)
+  losses = scorer.losses(scores, lengths, loss_state, score_gaps)
   result = jax.device_get(scorer.metrics(scores, losses, lengths))
   result = {name: float(value) for name, value in result.items()}
   result["num_pairs"] = len(lengths)

@@ -62,9 +62,10 @@ class Objective:
 
   @property
   def inputs(self) -> str:
-    """`pairs` or `demonstrations`; beside a loss of pairs, `sft` sees pairs."""
+    """What the most demanding loss reads; beside pairs, `sft` sees chosen."""
     kinds = {term.loss.inputs for term in self.terms}
-    return "pairs" if "pairs" in kinds else "demonstrations"
+    order = ("scored_pairs", "pairs", "demonstrations")
+    return next(kind for kind in order if kind in kinds)
 
   @property
   def needs_log_sum_squares(self) -> bool:

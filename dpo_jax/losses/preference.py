@@ -277,6 +277,21 @@ def chi_po(pairs: PairLogps, *, beta: Positive, r_max: Positive) -> Logps:
   return registry.smoothed(jnp.clip(margin, -2 * r_max, 2 * r_max), 0.0)
 
 
+@registry.register(honours=_PAIRWISE, inputs="scored_pairs")
+@typed
+def odpo(pairs: PairLogps, *, beta: Positive, alpha: NotNegative) -> Logps:
+  """Returns -ls(z - alpha log(score of chosen - score of rejected)).
+
+  Amini et al. 2024 (ODPO, arXiv 2402.10571): the reward margin must exceed an
+  offset that rises with the difference of the data's scores, which is above
+  0. A gap below 1 gives a negative offset. alpha of 0 gives `dpo`.
+  """
+  assert pairs.score_gaps is not None, "odpo reads scored pairs"
+  has_pair = pairs.score_gaps > 0
+  offset = alpha * jnp.log(jnp.where(has_pair, pairs.score_gaps, 1.0))
+  return registry.smoothed(beta * pairs.margin - offset, 0.0)
+
+
 @registry.register(honours=_SORTED, looks_across_batch=True)
 @typed
 def aot(

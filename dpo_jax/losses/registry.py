@@ -71,6 +71,7 @@ class PairLogps:
   reference_rejected: Array | None  # f32[B]
   chosen_lengths: Array  # f32[B]  response tokens
   rejected_lengths: Array  # f32[B]
+  score_gaps: Array | None = None  # f32[B]  of scored pairs; 0 without a pair
 
   @property
   def chosen_logratio(self) -> Array:
@@ -99,7 +100,8 @@ class Loss:
   fn: Callable[..., Array]
   hyperparameters: tuple[str, ...]  # from the signature, without defaults
   needs_reference: bool
-  inputs: str  # "pairs", or "demonstrations": chosen responses alone
+  # "pairs", "scored_pairs", or "demonstrations": chosen responses alone
+  inputs: str
   looks_across_batch: bool  # a pair's loss depends on the batch's other pairs
   honours: frozenset[str]  # of f_divergence, ld_alpha, wpo, sft_weight
   state: tuple[str, ...] = ()  # scalars that steps hand on, 0 at first

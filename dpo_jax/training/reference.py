@@ -191,7 +191,7 @@ def cache_key(
   digest.update(np.ascontiguousarray(dataset.lengths))
   for first in range(0, len(dataset.lengths), _HASHED_PAIRS):
     last = min(first + _HASHED_PAIRS, len(dataset.lengths))
-    for column in dataset.take(np.arange(first, last)):
+    for column in dataset.take(np.arange(first, last))[:3]:
       digest.update(np.ascontiguousarray(column.values))
   return digest.hexdigest()[:32]
 

@@ -28,7 +28,8 @@ def device_batch(batch: Batch, batches: loader.Loader, mesh: Mesh) -> Batch:
     rows=jax.tree.map(place, batch.rows),
     num_microbatches=whole(batch.num_microbatches),
     lengths=whole(batch.lengths),
-    reference=None if batch.reference is None else whole(batch.reference),
+    reference=jax.tree.map(whole, batch.reference),
+    score_gaps=jax.tree.map(whole, batch.score_gaps),
   )
 
 

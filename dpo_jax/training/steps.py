@@ -82,10 +82,14 @@ class Scorer:
     return PairScores(policy, reference, log_weights)
 
   def losses(
-    self, scores: PairScores, lengths: Array, loss_state: LossState = None
+    self,
+    scores: PairScores,
+    lengths: Array,
+    loss_state: LossState = None,
+    score_gaps: Array | None = None,
   ) -> Array:
     """Returns f[B], the loss of each pair."""
-    pairs = _pair_logps(scores, lengths)
+    pairs = _pair_logps(scores, lengths, score_gaps)
     return self.objective.per_pair(pairs, scores.log_weights, loss_state)
 
   def next_loss_state(
@@ -97,14 +101,15 @@ class Scorer:
   def mean_loss(
     self,
     scores: PairScores,
-    lengths: Array,
+    batch: Batch,
     loss_state: LossState,
     here: Array | None = None,
   ) -> tuple[Array, Array]:
     """Returns the batch mean over the pairs that are `here`, and f[B]."""
-    valid = lengths[:, 0] > 0
+    valid = batch.lengths[:, 0] > 0
     here = valid if here is None else valid & here
-    losses = jnp.where(here, self.losses(scores, lengths, loss_state), 0)
+    losses = self.losses(scores, batch.lengths, loss_state, batch.score_gaps)
+    losses = jnp.where(here, losses, 0)
     return jnp.sum(losses) / jnp.sum(valid), losses
 
   def metrics(
@@ -117,7 +122,7 @@ class Scorer:
       scores.reference,
       lengths,
       beta=self.objective.beta,
-      has_rejected=self.objective.inputs == "pairs",
+      has_rejected=self.objective.inputs != "demonstrations",
     )
 
   def _token_logps(self, config, params, rows, with_log_sum_squares=False):
@@ -209,7 +214,9 @@ def _with_cached(scores: PairScores, reference: Array | None) -> PairScores:
   return dataclasses.replace(scores, reference=reference)
 
 
-def _pair_logps(scores: PairScores, lengths: Array) -> PairLogps:
+def _pair_logps(
+  scores: PairScores, lengths: Array, score_gaps: Array | None = None
+) -> PairLogps:
   chosen, rejected = scores.policy[:, 0], scores.policy[:, 1]
   reference = scores.reference
   counts = lengths.astype(chosen.dtype)
@@ -220,6 +227,7 @@ def _pair_logps(scores: PairScores, lengths: Array) -> PairLogps:
     reference_rejected=None if reference is None else reference[:, 1],
     chosen_lengths=counts[:, 0],
     rejected_lengths=counts[:, 1],
+    score_gaps=score_gaps,
   )
 
 
@@ -252,7 +260,7 @@ def _pairwise_gradient(scorer, params, reference, batch, loss_state):
       # As a traced reference has it: 0 for the pairs of other rows.
       cached = jnp.where(here[:, None], batch.reference, 0)
       scores = _with_cached(scores, cached)
-    loss, losses = scorer.mean_loss(scores, batch.lengths, loss_state, here)
+    loss, losses = scorer.mean_loss(scores, batch, loss_state, here)
     return loss, (scores, losses)
 
   def body(rows):
@@ -271,9 +279,7 @@ def _coupled_gradient(scorer, params, reference, batch, loss_state):
   scores = make_score_step(scorer)(params, reference, batch)
 
   policy_only = dataclasses.replace(scorer, reference=None)
-  batch_loss = lambda scores: scorer.mean_loss(
-    scores, batch.lengths, loss_state
-  )
+  batch_loss = lambda scores: scorer.mean_loss(scores, batch, loss_state)
   weights, losses = jax.grad(batch_loss, has_aux=True)(scores)
   weights = dataclasses.replace(weights, reference=None)
 

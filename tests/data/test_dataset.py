@@ -53,7 +53,7 @@ def folders(tmp_path):
 def as_lists(tokens):
   return [
     [c.values[a:b].tolist() for a, b in zip(c.offsets, c.offsets[1:])]
-    for c in tokens
+    for c in tokens[:3]
   ]
 
 
@@ -205,3 +205,17 @@ def test_a_run_waits_for_another_that_builds(load, monkeypatch, count_builds):
     waited = second[0].result(timeout=20)
   np.testing.assert_array_equal(tokens.lengths, waited.lengths)
   assert len(count_builds) == 1
+
+
+def test_score_gaps_stay_with_their_pairs(load):
+  rows = [
+    PAIRS[n] | {"chosen_score": gap, "rejected_score": 0.0}
+    for n, gap in enumerate((0.5, 0.0, 2.0, 3.5, 1.5))  # the second is dropped
+  ]
+  for _ in range(2):  # built, then from the cache
+    tokens = load(rows, inputs="scored_pairs")
+    np.testing.assert_array_equal(tokens.score_gaps, [0.5, 2.0, 3.5, 1.5])
+    assert tokens.score_gaps.dtype == np.float32
+    np.testing.assert_array_equal(tokens.lengths[:, 0], [1, 3, 4, 5])
+  np.testing.assert_array_equal(tokens.head(2).score_gaps, [0.5, 2.0])
+  assert load(rows).score_gaps is None

@@ -130,7 +130,11 @@ def test_wrong_source_and_inputs_and_empty_file_are_refused(write_lines):
   for source, inputs, message in (
     ("jsonl", "pairs", "pairs.jsonl' is empty"),
     ("json", "pairs", "unknown data source 'json'; known: hh, hub, jsonl, syn"),
-    ("jsonl", "pear", "unknown inputs 'pear'; known: pairs, demonstrations"),
+    (
+      "jsonl",
+      "pear",
+      "unknown inputs 'pear'; known: pairs, scored_pairs, demonstrations",
+    ),
   ):
     with pytest.raises(ValueError, match=message):
       list(examples.read(source, path, split="", inputs=inputs))
@@ -150,3 +154,40 @@ def test_fingerprint_without_a_file_follows_the_rows():
     examples.fingerprint("synthetic", f"pairs:{n}", "train") for n in (3, 4, 3)
   )
   assert one == again != two
+
+
+def test_a_scored_pair_has_the_difference_of_its_scores(read):
+  pair = {"prompt": "p", "chosen": "c", "rejected": "r"}
+  rows = [
+    pair | {"chosen_score": chosen, "rejected_score": rejected}
+    for chosen, rejected in ((4, 1.5), (-1.0, -1.5), (2, 2), (1, 3))
+  ]
+  dropped = {"dropped": "chosen scores no higher than rejected"}
+  assert read(*rows, inputs="scored_pairs") == [
+    pair | {"score_gap": 2.5},
+    pair | {"score_gap": 0.5},
+    dropped,
+    dropped,
+  ]
+  assert read(*rows) == [pair] * 4
+
+
+@pytest.mark.parametrize(
+  "scores, message",
+  [
+    ({"chosen_score": 1}, "line 1: no column 'rejected_score'; columns: prom"),
+    (
+      {"chosen_score": "1", "rejected_score": 0},
+      "line 1: column 'chosen_score' is a string (\"1\"); allowed: a finite",
+    ),
+    (
+      {"chosen_score": 1, "rejected_score": True},
+      "line 1: column 'rejected_score' is bool (true); allowed: a finite",
+    ),
+  ],
+)
+def test_a_score_that_is_no_number_is_refused(scores, message, read):
+  row = {"prompt": "p", "chosen": "c", "rejected": "r"} | scores
+  with pytest.raises(ValueError) as error:
+    read(row, inputs="scored_pairs")
+  assert message in str(error.value)

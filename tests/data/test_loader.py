@@ -244,3 +244,15 @@ def _wait_for(is_true):
   while not is_true() and time.monotonic() < deadline:
     time.sleep(0.001)
   assert is_true()
+
+
+def test_a_batch_has_the_score_gaps_of_its_pairs():
+  tokens = make_dataset()
+  tokens.score_gaps = np.arange(1, 11, dtype=np.float32)
+  batches = loader.Loader(tokens, batch_size=4, row_length=40)
+  for k in range(4):
+    expected = batches.indices(k) + 1
+    np.testing.assert_array_equal(batches.batch(k).score_gaps, expected)
+  *_, last = batches.eval_batches()
+  np.testing.assert_array_equal(last.score_gaps, [9, 10, 0, 0])
+  assert make_loader().batch(0).score_gaps is None

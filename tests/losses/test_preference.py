@@ -50,6 +50,7 @@ def make_pairs(num_pairs=5, seed=0, dtype="float32"):
     *(jnp.asarray(-rng.uniform(4, 6, num_pairs), dtype) for _ in range(4)),
     chosen_lengths=jnp.asarray(rng.integers(1, 9, num_pairs), dtype),
     rejected_lengths=jnp.asarray(rng.integers(1, 9, num_pairs), dtype),
+    score_gaps=jnp.linspace(0.1, 4.0, num_pairs, dtype=dtype),
   )
 
 
@@ -64,6 +65,7 @@ def pairs_of(u, v, reference=0.0):
     reference,
     jnp.full_like(u, 2),
     jnp.full_like(u, 4),
+    score_gaps=jnp.full_like(u, 2),
   )
 
 
@@ -112,6 +114,7 @@ BY_HAND = {
   "aot_unpaired": -0.8 * ls(0.9) - 0.2 * ls(-0.9),
   "rdpo": -ls(0.9 - 0.4 * 2),
   "dpop": -ls(0.9),
+  "odpo": -ls(0.9 - 0.4 * math.log(2)),
   "cal_dpo": -ls(3) + (2 - 1 / 0.6) ** 2 + (-1 + 1 / 0.6) ** 2,
   "chi_po": -ls(0.3 * (math.exp(2) + 2 - math.exp(-1) + 1)),
   "beta_dpo": -ls(0.9 * (1 + 0.4 * 0.9)),
@@ -154,8 +157,8 @@ AT_REFERENCE = {
 
 def test_every_loss_has_a_value_by_hand():
   assert set(BY_HAND) == set(NAMES)
-  # rdpo looks at lengths as well: it has a test of its own.
-  assert set(AT_REFERENCE) == set(WITH_REFERENCE) - {"rdpo"}
+  # These look at lengths and scores as well: they have tests of their own.
+  assert set(AT_REFERENCE) == set(WITH_REFERENCE) - {"rdpo", "odpo"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -244,6 +247,7 @@ def test_only_losses_that_look_across_the_batch_do(name):
     reference_chosen=pairs.reference_chosen,
     chosen_lengths=pairs.chosen_lengths,
     rejected_lengths=pairs.rejected_lengths,
+    score_gaps=pairs.score_gaps,
   )
   per_pair = per_pair_of(name)
   others_kept = np.allclose(per_pair(pairs)[1:], per_pair(moved)[1:])
@@ -334,6 +338,20 @@ def test_rdpo_discounts_a_longer_chosen():
   assert abs(slopes[0]) < abs(slopes[1])
   np.testing.assert_allclose(
     preference.rdpo(pairs, beta=0.3, alpha=0.0),
+    preference.dpo(pairs, beta=0.3),
+    rtol=1e-6,
+  )
+
+
+def test_odpo_wants_a_margin_that_rises_with_the_score_difference():
+  pairs = dataclasses.replace(
+    pairs_of([2.0, 2.0, 2.0], [0.0, 0.0, 0.0]),
+    score_gaps=jnp.array([1.0, math.e, math.exp(-1)]),
+  )
+  losses = preference.odpo(pairs, beta=0.3, alpha=0.5)
+  np.testing.assert_allclose(losses, [-ls(0.6), -ls(0.1), -ls(1.1)], rtol=1e-5)
+  np.testing.assert_allclose(
+    preference.odpo(pairs, beta=0.3, alpha=0.0),
     preference.dpo(pairs, beta=0.3),
     rtol=1e-6,
   )

@@ -57,6 +57,7 @@ def _run(
   *,
   mesh=SMALL_MESH,
   num_steps=2,
+  data=None,
   config=CONFIG,
   learning_rate=1e-2,
   **settings,
@@ -68,7 +69,7 @@ def _run(
   )
   rows = settings.pop("microbatch_rows", sharding.num_row_shards(mesh))
   batches = loader.Loader(
-    _tokens(), batch_size=8, microbatch_rows=rows, **settings
+    data or _tokens(), batch_size=8, microbatch_rows=rows, **settings
   )
   rate = optimizers.make_schedule(
     learning_rate, schedule="constant", warmup_steps=0, total_steps=9
@@ -224,6 +225,17 @@ def test_no_array_of_a_step_is_larger_in_the_vocabulary_than_one_chunk():
 def test_a_loss_without_a_reference_holds_and_traces_none():
   _, last = _run(_objective("unlikelihood"), num_steps=1)
   assert last.reference is None
+
+
+def test_score_gaps_go_with_their_pairs_into_every_microbatch():
+  data = _tokens()
+  data.score_gaps = np.linspace(0.2, 5.0, NUM_PAIRS, dtype=np.float32)
+  one, _ = _run(_objective("odpo"), data=data, num_steps=1, microbatch_rows=16)
+  four, _ = _run(_objective("odpo"), data=data, num_steps=1, microbatch_rows=2)
+  _assert_same(four, one)
+  gaps = data.score_gaps[loader.epoch_order(0, 0, NUM_PAIRS)[:8]]
+  expected = np.log1p(np.exp(0.3 * np.log(gaps))).mean()
+  assert one[0]["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_running_means_go_from_step_to_step():
