@@ -27,11 +27,18 @@ RUNS = {
 }
 
 
+QUICK = [
+  ("llama", "sigmoid"),
+  ("llama", "ipo"),
+  ("llama", "wpo"),
+  ("llama", "mpo"),
+  ("gpt2", "sigmoid"),
+]
 ALL = [
   pytest.param(
     family,
     run,
-    marks=[pytest.mark.slow] if family == "gpt2" and run != "sigmoid" else [],
+    marks=[] if (family, run) in QUICK else [pytest.mark.slow],
   )
   for family in ("llama", "gpt2")
   for run in RUNS

@@ -51,6 +51,11 @@ class Objective:
   sft_weight: float
 
   @property
+  def name(self) -> str:
+    """The name of the loss, or of those of a weighted sum."""
+    return "+".join(term.loss.name for term in self.terms)
+
+  @property
   def needs_reference(self) -> bool:
     """Whether reference log-probabilities are read."""
     return any(term.loss.needs_reference for term in self.terms)

@@ -158,11 +158,11 @@ def check_mode(mode: str, objective: objectives.Objective) -> None:
     )
   if mode == "none" and objective.needs_reference:
     raise ValueError(
-      f"reference.mode='none': loss {objective.loss.name!r} needs a reference"
+      f"reference.mode='none': loss {objective.name!r} needs a reference"
     )
   if mode in MOVING_MODES and not objective.needs_reference:
     raise ValueError(
-      f"reference.mode={mode!r}: loss {objective.loss.name!r} has no reference"
+      f"reference.mode={mode!r}: loss {objective.name!r} has no reference"
     )
 
 

@@ -21,6 +21,8 @@ CONFIG = model_config.make_config("tiny")
 SMALL_MESH = (1, 1, 1)  # data, fsdp, tensor
 MESHES = [(1, 8, 1), (2, 2, 2), (4, 1, 2)]
 
+_slow = lambda value: pytest.param(value, marks=pytest.mark.slow)
+
 
 def _tokens(swap=False):
   rng = np.random.default_rng(0)
@@ -135,7 +137,13 @@ def test_swapping_chosen_and_rejected_negates_the_margin():
 
 
 @pytest.mark.parametrize(
-  "name", ["dpo", "sft", "unlikelihood", "aot", "orpo", "beta_dpo", "bco"]
+  "name",
+  [
+    "dpo",
+    "sft",
+    "aot",
+    *map(_slow, ("unlikelihood", "orpo", "beta_dpo", "bco")),
+  ],
 )
 def test_the_split_into_microbatches_changes_no_number(name):
   one, _ = _run(_objective(name), microbatch_rows=16)
@@ -143,7 +151,7 @@ def test_the_split_into_microbatches_changes_no_number(name):
   _assert_same(four, one)
 
 
-@pytest.mark.parametrize("name", ["dpo", "apo_zero"])
+@pytest.mark.parametrize("name", ["dpo", _slow("apo_zero")])
 def test_packed_equals_padded(name):
   packed, _ = _run(_objective(name))
   padded, _ = _run(_objective(name), layout="padded", microbatch_rows=4)
@@ -161,7 +169,7 @@ def test_modifiers_do_not_depend_on_the_layout(modifiers):
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
-@pytest.mark.parametrize("name", ["dpo", "aot"])
+@pytest.mark.parametrize("name", ["dpo", _slow("aot")])
 def test_the_mesh_changes_no_number(name, mesh):
   one, _ = _run(_objective(name), microbatch_rows=8)
   many, last = _run(_objective(name), microbatch_rows=8, mesh=mesh)
