@@ -67,8 +67,8 @@ def test_the_command_prints_and_writes_both_layouts(tmp_path):
   out, err = process.communicate(timeout=300)
   assert process.returncode == 0, out + err
   assert "pairs/s" in out and "peak memory" in out
-  layouts = json.loads(output.read_text())["layouts"]
-  mirrored, padded = layouts["mirrored"], layouts["padded"]
+  variants = json.loads(output.read_text())["variants"]
+  mirrored, padded = variants["mirrored"], variants["padded"]
   assert mirrored["needed_flops_per_step"] == padded["needed_flops_per_step"]
   assert mirrored["padding_fraction"] < padded["padding_fraction"]
   assert 0 < mirrored["share_of_matmul_rate"] < 1
