@@ -1,5 +1,6 @@
 """The commands a user types: what a run leaves, survives and refuses."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from dpo_jax.checkpoints import manager, source
+from dpo_jax.data import synthetic
 from dpo_jax.models import transformer
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
@@ -209,6 +211,21 @@ def test_an_exported_run_is_a_model_again(tmp_path):
   assert process.returncode == 0, out + err
   config = json.loads((exported / "config.json").read_text())
   assert config["model_type"] == "llama" and config["eos_token_id"] == 1
+  held_out = tmp_path / "pairs.jsonl"
+  rows = itertools.islice(synthetic.read("pairs:20", "test"), 20)
+  held_out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  process = start(
+    "preferences",
+    f"--source={run}",
+    f"--reference={exported}",
+    f"--data={held_out}",
+    f"--output={tmp_path / 'held_out'}",
+    module="launch.evaluate",
+  )
+  out, err = process.communicate(timeout=200)
+  assert process.returncode == 0, out + err
+  summary = json.loads((tmp_path / "held_out/summary.jsonl").read_text())
+  assert summary["num_pairs"] == 20
   lines = train(
     tmp_path / "again",
     "--config.model.preset=",

@@ -3,7 +3,7 @@
   python -m launch.sweep --config=configs/quickstart.py \\
     --points=configs/sweeps/quickstart_beta.py --workdir=runs/quickstart_beta
 
-Eight runs of 200 updates from random weights. Not yet run.
+Eight runs of 300 updates from random weights. Not yet run.
 """
 
 BETAS = (0.05, 0.1, 1.0, 5.0)
