@@ -138,6 +138,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
   )
 
 
+@pytest.mark.slow
 def test_running_means_of_a_loss_go_on_bit_for_bit(tmp_path):
   loss = (
     "--config.loss.name=beta_dpo",

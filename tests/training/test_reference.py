@@ -119,6 +119,7 @@ def test_cached_has_the_losses_of_live_and_holds_no_reference(tmp_path, capfd):
   _assert_same([cached.evaluate()], [live.evaluate()], atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss, devices", [("aot", 1), ("ipo", 8)])
 def test_cached_equals_live_over_many_microbatches(
   tmp_path, loss, devices, monkeypatch
@@ -131,6 +132,7 @@ def test_cached_equals_live_over_many_microbatches(
   _assert_same(cached, live, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_cached_sums_have_the_weights_of_ld_alpha(tmp_path):
   settings = {"data.eval_path": "", "loss.ld_alpha": 0.5}
   runs = [_Run(_config(tmp_path, m, **settings)) for m in ("live", "cached")]
@@ -252,6 +254,7 @@ def test_an_update_by_hand():
   np.testing.assert_array_equal(hard.updated(3, ours, policy)["w"], [0, 2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "mode, alpha, dtype", [("ema", 0.25, "bfloat16"), ("sync", 1.0, "float32")]
 )

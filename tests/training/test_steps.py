@@ -158,7 +158,7 @@ def test_packed_equals_padded(name):
   _assert_same(padded, packed)
 
 
-@pytest.mark.parametrize("modifiers", [{"ld_alpha": 0.5}, {"wpo": True}])
+@pytest.mark.parametrize("modifiers", [{"ld_alpha": 0.5}, _slow({"wpo": True})])
 def test_modifiers_do_not_depend_on_the_layout(modifiers):
   objective = _objective("dpo", **modifiers)
   packed, _ = _run(objective, microbatch_rows=2)
