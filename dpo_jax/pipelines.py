@@ -23,7 +23,7 @@ from dpo_jax.evaluation import frontier
 from dpo_jax.losses import objectives
 from dpo_jax.models import transformer
 from dpo_jax.sampling import decode
-from dpo_jax.training import scoring, steps
+from dpo_jax.training import scoring
 
 BETAS = (0.1, 1.0)
 PREFIXES = 1_500  # that training samples are drawn for
@@ -114,12 +114,6 @@ class Policy:
     responses: Sequence[Sequence[int]],
   ) -> tuple[np.ndarray, np.ndarray]:
     """Returns log-probabilities [n] under this policy and the reference."""
-    scorer = steps.Scorer(
-      policy=self.config,
-      reference=reference.config,
-      objective=objectives.make_objective("sft", {}),
-      chunk_length=128,
-    )
     tokens = dataset.TokenDataset.from_lists(
       prompts, responses, [[] for _ in prompts]
     )
@@ -129,17 +123,19 @@ class Policy:
       row_length=512,
       microbatch_rows=8 * sharding.num_row_shards(self.mesh),
     )
-    score = jax.jit(steps.make_score_step(scorer))
-    found = []
+    objective = objectives.make_objective("sft", {})
     with jax.set_mesh(self.mesh):
-      for batch in batches.eval_batches():
-        placed = scoring.device_batch(batch, batches, self.mesh)
-        scores = score(self.params, reference.params, placed)
-        used = batch.lengths[:, 0] > 0
-        found.append(
-          [np.asarray(x)[used, 0] for x in (scores.policy, scores.reference)]
-        )
-    policy_logps, reference_logps = map(np.concatenate, zip(*found))
+      policy_logps, reference_logps = (
+        scoring.response_logps(
+          model.config,
+          model.params,
+          objective,
+          batches,
+          self.mesh,
+          chunk_length=128,
+        )[:, 0]
+        for model in (self, reference)
+      )
     return policy_logps, reference_logps
 
 
