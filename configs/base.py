@@ -55,8 +55,8 @@ def get_config() -> config_dict.ConfigDict:
   # weight of the log of the score difference.
   config.loss.alpha = placeholder(float)
   config.loss.momentum = placeholder(float)  # beta_dpo: of the running margin
-  config.loss.desirable_weight = placeholder(float)  # bco: of chosen, > 0
-  config.loss.undesirable_weight = placeholder(float)  # bco: of rejected, > 0
+  config.loss.desirable_weight = placeholder(float)  # kto, bco: > 0
+  config.loss.undesirable_weight = placeholder(float)  # kto, bco: > 0
   config.loss.gamma = placeholder(float)  # simpo: target margin, in reward
   config.loss.delta = placeholder(float)  # slic: margin, nats
   # dpop: of the penalty; orpo: of the odds ratio; slic: of the chosen NLL.
@@ -67,6 +67,7 @@ def get_config() -> config_dict.ConfigDict:
   config.loss.ld_alpha = 1.0  # weight of tokens past the shorter response
   config.loss.wpo = False  # weight pairs by the policy's own probability
   config.loss.sft_weight = 0.0  # weight of the chosen responses' token mean NLL
+  config.loss.prompt_nll = False  # sft, orpo: whether it covers prompts too
 
   config.reference = config_dict.ConfigDict()
   # live: frozen, in the same program; cached: its log-probabilities, computed

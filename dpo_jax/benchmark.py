@@ -135,7 +135,7 @@ def needed_flops(
 
   Args:
     config: the decoder; the reference is taken to be alike.
-    lengths: [n,3], tokens of prompt, chosen and rejected.
+    lengths: [n,1+C], tokens of the prompt and of each response.
     has_reference: whether a reference is computed too.
   """
   shapes = transformer.param_shapes(config)
@@ -144,12 +144,13 @@ def needed_flops(
     for leaf in jax.tree.leaves(shapes["blocks"])
     if leaf.ndim > 2
   )
-  prompt, chosen, rejected = lengths.astype(np.float64).T
+  prompt, *responses = lengths.astype(np.float64).T
   tokens = lengths.sum()
   triangle = lambda n: n * (n + 1) / 2
-  seen = (
-    triangle(prompt + chosen) + triangle(prompt + rejected) - triangle(prompt)
-  ).sum()
+  seen = sum(
+    triangle(prompt + response) - triangle(prompt) for response in responses
+  )
+  seen = (seen + triangle(prompt)).sum()
   width = config.num_heads * config.head_width
   forward = 2 * block * tokens
   forward += 4 * config.num_layers * width * seen

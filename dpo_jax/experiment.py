@@ -95,6 +95,7 @@ def build(config: ConfigDict) -> Experiment:
       reference=reference.traced,
       objective=objective,
       chunk_length=config.model.logprob_chunk,
+      has_pairs=train_loader.has_pairs,
     ),
     shardings=shardings,
     load_policy=_make_load_policy(config, opened, policy, shardings),
@@ -135,6 +136,7 @@ def make_objective(config: ConfigDict) -> objectives.Objective:
   """Returns the loss with its modifiers."""
   options = config.loss.to_dict()
   modifiers = ("f_divergence", "f_alpha", "ld_alpha", "wpo", "sft_weight")
+  modifiers += ("prompt_nll",)
   name = options.pop("name")
   modifiers = {key: options.pop(key) for key in modifiers}
   given = {key: value for key, value in options.items() if value is not None}
@@ -288,6 +290,7 @@ def _make_loaders(config, objective, tokenizer, mesh):
     layout=config.data.layout,
     batch_size=config.batch_size,
     row_range=sharding.local_rows(mesh, microbatch_rows),
+    extra_columns=objective.extra_columns,
   )
   read = functools.partial(_read_tokens, config, objective, tokenizer)
   train_data = read(config.data.path, config.data.split)

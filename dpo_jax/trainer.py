@@ -173,12 +173,11 @@ def host_batch(experiment: Experiment, k: int) -> loop.HostBatch:
   """Returns batch k, counted from 0, on the device."""
   batches = experiment.loader
   batch = batches.batch(k)
-  num_rows = int(batch.num_microbatches) * batches.microbatch_rows
   return loop.HostBatch(
     batch=scoring.device_batch(batch, batches, experiment.mesh),
     num_pairs=batches.batch_size,
     num_tokens=batches.num_tokens(k),
-    num_positions=num_rows * batches.row_length,
+    num_positions=batches.num_positions(k),
   )
 
 
@@ -187,8 +186,9 @@ def make_eval_fn(experiment: Experiment) -> loop.EvalFn | None:
   batches = experiment.eval_loader
   if batches is None:
     return None
+  scorer = dataclasses.replace(experiment.scorer, has_pairs=batches.has_pairs)
   score_step = jax.jit(
-    steps.make_score_step(experiment.scorer),
+    steps.make_score_step(scorer),
     out_shardings=sharding.replicated(experiment.mesh),
   )
 
@@ -197,9 +197,7 @@ def make_eval_fn(experiment: Experiment) -> loop.EvalFn | None:
       scoring.device_batch(batch, batches, experiment.mesh)
       for batch in batches.eval_batches()
     )
-    return preferences.evaluate(
-      experiment.scorer, score_step, placed, train_state
-    )
+    return preferences.evaluate(scorer, score_step, placed, train_state)
 
   return evaluate
 
@@ -222,11 +220,10 @@ def _with_cached_reference(
       experiment.mesh,
       chunk_length=scorer.chunk_length,
     )
-    key = reference_lib.cache_key(
-      batches.dataset, model, prints, scorer.objective
-    )
+    key = reference_lib.cache_key(batches, model, prints, scorer.objective)
+    shape = (batches.num_pairs, batches.num_columns)
     logps = reference_lib.cached_logps(
-      experiment.cache_dir, key, batches.num_pairs, compute, _say
+      experiment.cache_dir, key, shape, compute, _say
     )
     return batches.with_reference(logps)
 

@@ -4,7 +4,9 @@ Shape letters, used in every annotation and einsum of the repository:
   `B` pairs in a batch, `M` microbatches, `R` rows, `T` tokens in a row,
   `S` scored positions in a row, `D` model width, `F` mlp width,
   `N` query heads, `K` key heads, `H` head width, `L` layers, `E` experts,
-  `V` vocabulary.
+  `V` vocabulary, `C` sums of log-probabilities that are kept of each pair: of
+  its responses (chosen, rejected; or a ranked list, the best first), then of
+  what else the loss needs.
 """
 
 import dataclasses
@@ -38,7 +40,7 @@ class Rows:
   key_end: Array  # i32[R,T]  exclusive
   score_index: Array  # i32[R,S]  index in T of the state that predicts
   targets: Array  # i32[R,S]  the token predicted
-  response: Array  # i32[R,S]  2 * pair + (0 chosen, 1 rejected); -1 padding
+  response: Array  # i32[R,S]  C * pair + column; -1 padding
   rank: Array  # i32[R,S]  the target's index within its response
 
 
@@ -47,14 +49,18 @@ class Rows:
 class Batch:
   """A step's pairs: rows for at most `M` microbatches, of which some are used.
 
-  A demonstration is a pair with `lengths[:, 1] == 0`; an unused pair slot
-  (in the last batch of an evaluation) has `lengths == 0`.
+  A demonstration is a pair with `lengths[:, 1] == 0`, as is a response that is
+  labelled desirable; an undesirable one has `lengths[:, 0] == 0`. An unused
+  pair slot (in the last batch of an evaluation) has `lengths == 0`.
   """
 
   rows: Rows  # each leaf [M,R,...]
   num_microbatches: Array  # i32[]  how many of M are filled
-  lengths: Array  # i32[B,2]  response tokens of chosen and rejected
+  lengths: Array  # i32[B,C]  scored tokens: of chosen, of rejected, ...
   # Summed log-probability under the reference, where it comes with the batch.
-  reference: Array | None = None  # f32[B,2]
+  reference: Array | None = None  # f32[B,C]
   # f32[B]  of scored pairs: the score of chosen above that of rejected
   score_gaps: Array | None = None
+  # Prompts with the response of another: scored, without a gradient.
+  mismatched: Rows | None = None  # each leaf [M',R,...]
+  num_mismatched: Array | None = None  # i32[]  how many of M' are filled

@@ -26,27 +26,28 @@ from dpo_jax.data.packing import PairTokens, Ragged
 
 # To be raised with any change of what a row is tokenised to.
 CACHE_VERSION = 1
-COLUMNS = ("prompt", "chosen", "rejected")
 SCORE_GAPS = "score_gaps"
 REPORT = "report.json"
 
 
 class TokenDataset:
-  """Token ids of n pairs, read in place from an Arrow table.
+  """Token ids of n pairs or ranked lists, read in place from an Arrow table.
 
-  `lengths` is i32[n,3], the tokens of prompt, chosen and rejected; a
-  demonstration has an empty `rejected`. `score_gaps` is f32[n] of scored
-  pairs, else None. `report` says what became of the rows that these come from.
+  `lengths` is i32[n,1+C], the tokens of the prompt and of C responses: chosen
+  and rejected, or the best first. A response that is absent, as `rejected` of
+  a demonstration, has none. `score_gaps` is f32[n] of scored pairs, else None.
+  `report` says what became of the rows that these come from.
   """
 
   def __init__(self, table: pa.Table, report: tokenize.Report):
-    """Takes a table of int32 lists, columns `COLUMNS`; copies no token.
+    """Takes a table of int32 lists, the prompt first; copies no token.
 
     A column `SCORE_GAPS` of float32 may stand beside them.
     """
     self.report = report
     self._table = table
-    self._columns = [_Column(table.column(name)) for name in COLUMNS]
+    names = [name for name in table.column_names if name != SCORE_GAPS]
+    self._columns = [_Column(table.column(name)) for name in names]
     lengths = [column.lengths for column in self._columns]
     self.lengths = np.stack(lengths, 1).astype(np.int32)
     self.score_gaps = None
@@ -57,13 +58,12 @@ class TokenDataset:
   def from_lists(
     cls,
     prompt: Sequence[Sequence[int]],
-    chosen: Sequence[Sequence[int]],
-    rejected: Sequence[Sequence[int]],
+    *responses: Sequence[Sequence[int]],
   ) -> "TokenDataset":
     """Returns the dataset of lists of token ids, one list a pair."""
     kind = pa.list_(pa.int32())
-    columns = [pa.array(x, kind) for x in (prompt, chosen, rejected)]
-    table = pa.table(columns, names=COLUMNS)
+    columns = [pa.array(x, kind) for x in (prompt, *responses)]
+    table = pa.table(columns, names=_names(len(responses)))
     return cls(table, tokenize.Report(len(prompt), len(prompt)))
 
   def head(self, count: int) -> "TokenDataset":
@@ -72,7 +72,14 @@ class TokenDataset:
 
   def take(self, indices: np.ndarray) -> PairTokens:
     """Returns the tokens of some pairs, in the order asked for."""
-    return PairTokens(*(column.take(indices) for column in self._columns))
+    prompt, *responses = (column.take(indices) for column in self._columns)
+    return PairTokens(prompt, tuple(responses))
+
+
+def _names(num_responses: int) -> list[str]:
+  """Returns the columns of a table: a prompt, then its responses."""
+  more = [f"response_{k}" for k in range(3, num_responses + 1)]
+  return ["prompt", "chosen", "rejected"][: 1 + num_responses] + more
 
 
 class _Column:
@@ -192,12 +199,12 @@ def _write(
   partial = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
   partial.mkdir(parents=True)
   try:
-    ragged = (tokens.prompt, tokens.chosen, tokens.rejected)
+    ragged = (tokens.prompt, *tokens.responses)
     arrays = [
       pa.LargeListArray.from_arrays(pa.array(x.offsets), pa.array(x.values))
       for x in ragged
     ]
-    table = pa.table(arrays, names=COLUMNS)
+    table = pa.table(arrays, names=_names(len(tokens.responses)))
     if tokens.score_gaps is not None:
       table = table.append_column(SCORE_GAPS, pa.array(tokens.score_gaps))
     datasets.disable_progress_bars()

@@ -1,9 +1,11 @@
 """Examples: a prompt and its responses, as text or as chat messages.
 
 An example is a dict of `prompt, chosen, rejected` (a pair), of `prompt,
-response` (a demonstration), or of `dropped`, the reason why a row gives none.
-Prompt and responses are strings, or lists of {role, content} messages. A
-scored pair has `score_gap` too, by how much chosen scores above rejected.
+response` (a demonstration), of `prompt, response, label` (a response that is
+labelled by itself), of `prompt, responses` (a ranked list, the best first), or
+of `dropped`, the reason why a row gives none. Prompt and responses are
+strings, or lists of {role, content} messages. A scored pair has `score_gap`
+too, by how much chosen scores above rejected.
 
 A new source is one module with a function `read(path, split)` that yields
 rows, and one line in `SOURCES`. Its rows may have any of these columns:
@@ -17,10 +19,13 @@ rows, and one line in `SOURCES`. Its rows may have any of these columns:
   text                       a demonstration with an empty prompt
   chosen_score,              numbers beside a pair, read where scored pairs
     rejected_score           are asked for
+  prompt, response, label    a labelled response: true or 1 is desirable
+  prompt, responses          a ranked list of two responses or more
 
-Where demonstrations are asked for, the response of a pair is `chosen`. A
-column `subset`, if a row has it, stands in its example as text: evaluations
-count by it. Other columns are not looked at.
+Where demonstrations are asked for, the response of a pair is `chosen`. Where
+labelled responses are asked for, a pair is two of them; where ranked lists
+are, it is one of two. A column `subset`, if a row has it, stands in its
+example as text: evaluations count by it. Other columns are not looked at.
 """
 
 import hashlib
@@ -34,7 +39,7 @@ from typing import Any
 from dpo_jax.data import hh, hub, jsonl, synthetic
 
 SOURCES = {"hh": hh, "hub": hub, "jsonl": jsonl, "synthetic": synthetic}
-INPUTS = ("pairs", "scored_pairs", "demonstrations")
+INPUTS = ("pairs", "scored_pairs", "demonstrations", "labelled", "ranked")
 PROMPTS_DIFFER = "prompts differ"
 NOT_ABOVE = "chosen scores no higher than rejected"
 MIN_SCORE_GAP = 1e-30  # still a float32 above 0, which is what batches hold
@@ -61,6 +66,8 @@ def read(source: str, path: str, *, split: str, inputs: str) -> Iterator[dict]:
     "pairs": _make_pair,
     "scored_pairs": _make_scored_pair,
     "demonstrations": _make_demonstration,
+    "labelled": _make_labelled,
+    "ranked": _make_ranked,
   }[inputs]
   number = 0
   for number, row in enumerate(_rows(source, path, split), 1):
@@ -210,6 +217,52 @@ def _make_demonstration(row: dict, where: str) -> dict:
     f"{where}: no column 'response'; columns: {', '.join(row)}; allowed:"
     " prompt and response, chosen and rejected, messages, or text"
   )
+
+
+def _make_labelled(row: dict, where: str) -> dict:
+  """Returns the labelled response of a row, or its pair."""
+  if "label" not in row:
+    if "chosen" in row:
+      return _make_pair(row, where)
+    raise ValueError(
+      f"{where}: no column 'label'; columns: {', '.join(row)}; allowed:"
+      " prompt, response and label, or chosen and rejected"
+    )
+  if row["label"] not in (0, 1):  # also True and False
+    raise ValueError(
+      f"{where}: column 'label' is {_kind(row['label'])}; allowed: true,"
+      " false, 1, 0"
+    )
+  for name in ("prompt", "response"):
+    _get_text(row, name, where)
+  return _make_demonstration(row, where) | {"label": bool(row["label"])}
+
+
+def _make_ranked(row: dict, where: str) -> dict:
+  """Returns the ranked list of a row."""
+  if "responses" not in row and "chosen" in row:
+    pair = _make_pair(row, where)
+    if "dropped" in pair:
+      return pair
+    responses = [pair["chosen"], pair["rejected"]]
+    return {"prompt": pair["prompt"], "responses": responses}
+  responses = row.get("responses")
+  if not isinstance(responses, list) or len(responses) < 2:
+    raise ValueError(
+      f"{where}: column 'responses' is {_kind(responses)}; allowed: a list of"
+      " two responses or more, the best first"
+    )
+  made = [
+    _make_demonstration(row | {"response": response}, where)
+    for response in responses
+  ]
+  prompts = [example["prompt"] for example in made]
+  if any(prompt != prompts[0] for prompt in prompts):
+    raise ValueError(
+      f"{where}: column 'responses' has strings and messages; allowed: all of"
+      " them strings or all messages"
+    )
+  return {"prompt": prompts[0], "responses": [x["response"] for x in made]}
 
 
 def _get_text(row: dict, name: str, where: str) -> Text:

@@ -1,6 +1,7 @@
 """Batches of packed rows: batch k is a pure function of (seed, k)."""
 
 import copy
+import dataclasses
 import functools
 import math
 import queue
@@ -13,7 +14,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 
 from dpo_jax.data import packing
-from dpo_jax.types import Batch
+from dpo_jax.types import Batch, Rows
 
 T = TypeVar("T")
 
@@ -21,7 +22,7 @@ T = TypeVar("T")
 class Dataset(Protocol):
   """What a loader reads: token counts of all pairs, tokens of some."""
 
-  lengths: np.ndarray  # i32[n,3]  tokens of prompt, chosen, rejected
+  lengths: np.ndarray  # i32[n,1+C]  tokens of the prompt and C responses
   score_gaps: np.ndarray | None  # f32[n]  of scored pairs
 
   def take(self, indices: np.ndarray) -> packing.PairTokens:
@@ -70,11 +71,21 @@ def epoch_order(seed: int, epoch: int, num_pairs: int) -> np.ndarray:
   return order
 
 
+MISMATCHED, PROMPT = "mismatched", "prompt"
+
+
 class Loader:
   """Packs the pairs of a dataset into batches.
 
   Every process plans every batch from lengths alone, and reads and builds
   only its own rows, so that any number of processes sees one global batch.
+
+  Beside the responses a pair can have columns of its own for
+    mismatched  the response of the pair that stands half the dataset away,
+                behind this prompt, in rows of its own; of pairs, the chosen
+                and the rejected in turns. Cut so that no sequence is longer
+                than the dataset's longest
+    prompt      the prompt's tokens from the second on, where they stand
   """
 
   def __init__(
@@ -88,6 +99,7 @@ class Loader:
     shuffle: bool = True,
     layout: str = "mirrored",
     row_range: tuple[int, int] | None = None,
+    extra_columns: tuple[str, ...] = (),
   ):
     """Checks that every pair of the dataset can be placed.
 
@@ -101,10 +113,13 @@ class Loader:
       layout: `mirrored`, or `padded` with two sequences a pair.
       row_range: the rows of each microbatch that this process builds, the
         second number exclusive; all of them by default.
+      extra_columns: what is scored beside the responses, in this order; no
+        column comes after `prompt`.
 
     Raises:
-      ValueError: a number out of range, an unknown layout, or a row length
-        that does not hold the longest span.
+      ValueError: a number out of range, an unknown layout, a row length that
+        does not hold the longest span, or data that the layout or a column
+        cannot have.
     """
     self.dataset = dataset
     self.reference_logps: np.ndarray | None = None  # f32[n,2]
@@ -115,7 +130,13 @@ class Loader:
     self.shuffle = shuffle
     self.layout = layout
     self.row_range = row_range or (0, microbatch_rows)
+    self.extra_columns = extra_columns
     self._check()
+    self._num_responses = dataset.lengths.shape[1] - 1
+    self._lengths = dataset.lengths
+    if MISMATCHED in extra_columns:
+      self._partner, self._partner_column, lengths = _mismatch(dataset.lengths)
+      self._lengths = np.column_stack([dataset.lengths, lengths])
     spans = packing.span_lengths(dataset.lengths, layout)
     self.row_length = row_length or choose_row_length(
       dataset.lengths, batch_size, microbatch_rows, layout
@@ -127,7 +148,21 @@ class Loader:
         f" of {self.num_pairs} pairs do not fit; allowed: 0 (automatic) or at"
         f" least {int(spans.max())}"
       )
-    self.num_microbatches = self._num_microbatches(spans)
+    self._num_microbatches = self._max_microbatches(spans)
+    if MISMATCHED in extra_columns:
+      spans = packing.span_lengths(self._lengths[:, [0, -1]], layout)
+      self._num_mismatched = self._max_microbatches(spans)
+
+  @property
+  def num_columns(self) -> int:
+    """C, the sums of log-probabilities that are kept of each pair."""
+    return self._num_responses + len(self.extra_columns)
+
+  @property
+  def has_pairs(self) -> bool:
+    """Whether any prompt has two responses, one better than the other."""
+    present = self.dataset.lengths[:, 1:] > 0
+    return bool((present.sum(axis=1) > 1).any())
 
   def _check(self) -> None:
     """Raises ValueError for a setting that cannot be."""
@@ -141,6 +176,16 @@ class Loader:
       raise ValueError(f"seed={self.seed}: must be at least 0")
     if self.num_pairs == 0:
       raise ValueError("the dataset holds no pairs")
+    num_responses = self.dataset.lengths.shape[1] - 1
+    if self.layout == "padded" and num_responses > 2:
+      raise ValueError(
+        f"layout 'padded': the data has lists of {num_responses} responses, it"
+        " holds pairs; allowed: 'mirrored'"
+      )
+    if MISMATCHED in self.extra_columns and self.num_pairs < 2:
+      raise ValueError(
+        "the dataset holds 1 pair; mismatched responses need at least 2"
+      )
     if self.layout == "padded" and self.microbatch_rows % 2:
       raise ValueError(
         f"microbatch_rows={self.microbatch_rows}: layout 'padded' keeps the"
@@ -152,8 +197,8 @@ class Loader:
         f"row_range={self.row_range}: must lie in 0..{self.microbatch_rows}"
       )
 
-  def _num_microbatches(self, spans: np.ndarray) -> int:
-    """Returns M, the microbatches that hold any batch of this dataset."""
+  def _max_microbatches(self, spans: np.ndarray) -> int:
+    """Returns how many microbatches hold any batch of such spans."""
     rows = packing.max_rows(spans, self.batch_size, self.row_length)
     if self.layout == "padded":
       rows = 2 * self.batch_size
@@ -163,9 +208,10 @@ class Loader:
     """Returns a loader whose batches hold the reference's log-probabilities.
 
     Args:
-      logps: f32[n,2], of chosen and rejected, pairs in file order.
+      logps: f32[n,C], pairs in file order.
     """
-    assert logps.shape == (self.num_pairs, 2), "of another dataset"
+    wanted = (self.num_pairs, self.num_columns)
+    assert logps.shape == wanted, "of another dataset"
     twin = copy.copy(self)
     twin.reference_logps = logps
     return twin
@@ -217,51 +263,122 @@ class Loader:
 
   def num_tokens(self, k: int) -> int:
     """Returns the positions of batch k that hold a token, in all processes."""
-    plan = self._plan(self.indices(k))
-    return int((plan.left + plan.prompt + plan.right).sum())
+    plans = self._plans(self.indices(k))
+    return int(sum(plan.lengths.sum() for plan in plans))
+
+  def num_positions(self, k: int) -> int:
+    """Returns the positions that batch k computes, in all processes.
+
+    These are the positions of the microbatches that it fills.
+    """
+    rows = (
+      _round_up(plan.num_rows, self.microbatch_rows)
+      for plan in self._plans(self.indices(k))
+    )
+    return sum(rows) * self.row_length
 
   def padding_fraction(self, k: int) -> float:
-    """Returns the share of batch k's computed positions that is padding.
+    """Returns the share of batch k's computed positions that is padding."""
+    return 1 - self.num_tokens(k) / self.num_positions(k)
 
-    Computed are the positions of the microbatches that the batch fills, in
-    all processes.
-    """
-    plan = self._plan(self.indices(k))
-    used = int((plan.left + plan.prompt + plan.right).sum())
-    rows = _round_up(plan.num_rows, self.microbatch_rows)
-    return 1 - used / (rows * self.row_length)
+  def _plans(self, indices: np.ndarray) -> list[packing.Plan]:
+    """Returns the plan of the responses, and that of mismatched ones if any."""
+    columns = [range(self._num_responses)]
+    if MISMATCHED in self.extra_columns:
+      columns.append([self._num_responses])
+    return [
+      packing.make_plan(
+        self._lengths[indices], self.row_length, self.layout, places
+      )
+      for places in columns
+    ]
 
-  def _plan(self, indices: np.ndarray) -> packing.Plan:
-    return packing.make_plan(
-      self.dataset.lengths[indices], self.row_length, self.layout
+  def _take(self, indices: np.ndarray) -> packing.PairTokens:
+    """Returns the tokens of some pairs, mismatched responses among them."""
+    tokens = self.dataset.take(indices)
+    if MISMATCHED not in self.extra_columns:
+      return tokens
+    lengths = self._lengths[indices, -1].astype(np.int64)
+    values = packing.select(
+      self.dataset.take(self._partner[indices]).responses,
+      self._partner_column[indices],
+      lengths,
     )
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    mismatched = packing.Ragged(values, offsets)
+    return tokens._replace(responses=(*tokens.responses, mismatched))
 
   def _pack(self, indices: np.ndarray) -> Batch:
     """Returns the batch of these pairs, at most `batch_size` of them."""
-    plan = self._plan(indices)
+    plan, *mismatched = self._plans(indices)
+    lengths = self._lengths[indices, 1:]
+    prompt_column = None
+    if PROMPT in self.extra_columns:
+      prompt_column = self.num_columns - 1
+      lengths = np.column_stack([lengths, self._lengths[indices, 0] - 1])
+    batch = Batch(
+      rows=self._rows(plan, indices, self._num_microbatches, prompt_column),
+      num_microbatches=self._num_filled(plan),
+      lengths=self._by_slot(lengths.astype(np.int32)),
+    )
+    changes: dict[str, Any] = {}
+    if self.reference_logps is not None:
+      changes["reference"] = self._by_slot(self.reference_logps[indices])
+    if self.dataset.score_gaps is not None:
+      changes["score_gaps"] = self._by_slot(self.dataset.score_gaps[indices])
+    for plan in mismatched:
+      changes["mismatched"] = self._rows(plan, indices, self._num_mismatched)
+      changes["num_mismatched"] = self._num_filled(plan)
+    return dataclasses.replace(batch, **changes)
+
+  def _rows(
+    self,
+    plan: packing.Plan,
+    indices: np.ndarray,
+    num_microbatches: int,
+    prompt_column: int | None = None,
+  ) -> Rows:
+    """Returns this process's rows of a plan of these pairs."""
     lo, hi = self.row_range
     row = plan.row % self.microbatch_rows
     own = plan.select((lo <= row) & (row < hi))
-    rows = packing.pack(
+    return packing.pack(
       own,
-      self.dataset.take(indices[own.pair]),
+      self._take(indices[own.pair]),
       row_length=self.row_length,
       microbatch_rows=self.microbatch_rows,
-      num_microbatches=self.num_microbatches,
+      num_microbatches=num_microbatches,
       row_range=self.row_range,
+      num_columns=self.num_columns,
+      prompt_column=prompt_column,
     )
-    lengths = np.zeros((self.batch_size, 2), np.int32)
-    lengths[: len(indices)] = self.dataset.lengths[indices, 1:]
-    reference = None
-    if self.reference_logps is not None:
-      reference = np.zeros((self.batch_size, 2), np.float32)
-      reference[: len(indices)] = self.reference_logps[indices]
-    num_filled = math.ceil(plan.num_rows / self.microbatch_rows)
-    score_gaps = None
-    if self.dataset.score_gaps is not None:
-      score_gaps = np.zeros(self.batch_size, np.float32)
-      score_gaps[: len(indices)] = self.dataset.score_gaps[indices]
-    return Batch(rows, np.int32(num_filled), lengths, reference, score_gaps)
+
+  def _num_filled(self, plan: packing.Plan) -> np.int32:
+    return np.int32(math.ceil(plan.num_rows / self.microbatch_rows))
+
+  def _by_slot(self, values: np.ndarray) -> np.ndarray:
+    """Returns values of the batch's pairs, 0 for the slots without one."""
+    slots = np.zeros((self.batch_size, *values.shape[1:]), values.dtype)
+    slots[: len(values)] = values
+    return slots
+
+
+def _mismatch(
+  lengths: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Returns each pair's partner, which response of it, and how much of that.
+
+  Half the dataset away, as pairs of one prompt often stand side by side.
+  """
+  partner = np.roll(np.arange(len(lengths)), -(len(lengths) // 2))
+  prompt, chosen, rejected = lengths.T
+  is_rejected = np.where(
+    (chosen > 0) & (rejected > 0), np.arange(len(lengths)) % 2, rejected > 0
+  )
+  longest = (prompt + np.maximum(chosen, rejected)).max()
+  theirs = np.where(is_rejected, rejected, chosen)[partner]
+  column = is_rejected[partner].astype(np.int64)
+  return partner, column, np.minimum(theirs, longest - prompt)
 
 
 class Prefetch(Generic[T]):

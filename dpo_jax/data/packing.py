@@ -10,15 +10,18 @@ so that the keys of any query are one contiguous interval:
   c_t: [index(c_t), index(x_m)]   x_s: [index(x_1), index(x_s)]
   r_t: [index(x_1), index(r_t)]
 
-c_1 and r_1 are predicted from x_m, c_t from c_(t-1), r_t from r_(t-1). A
-demonstration has no left part: the prompt, then its response. The layout
-`padded` has every response in a row of its own behind a copy of its prompt;
-it is the oracle that `mirrored` is tested against.
+c_1 and r_1 are predicted from x_m, c_t from c_(t-1), r_t from r_(t-1). A lone
+response (of a demonstration, or of an example that is labelled by itself) has
+no left part: the prompt, then the response. A ranked list has one span for
+every two of its responses, the best two first, side by side in one row. The
+layout `padded` has every response in a row of its own behind a copy of its
+prompt; it is the oracle that `mirrored` is tested against.
 """
 
 import bisect
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +29,6 @@ import numpy as np
 from dpo_jax.types import Rows
 
 LAYOUTS = ("mirrored", "padded")
-CHOSEN, REJECTED = 0, 1
 
 
 class Ragged(NamedTuple):
@@ -37,11 +39,10 @@ class Ragged(NamedTuple):
 
 
 class PairTokens(NamedTuple):
-  """The tokens of n pairs; a demonstration has an empty `rejected`."""
+  """The tokens of n pairs, or of n ranked lists; absent responses are empty."""
 
   prompt: Ragged
-  chosen: Ragged
-  rejected: Ragged
+  responses: tuple[Ragged, ...]  # chosen, rejected; or the best first
   score_gaps: np.ndarray | None = None  # f32[n]  of scored pairs
 
 
@@ -50,13 +51,19 @@ class Plan:
   """Where each of P spans stands, known from lengths alone."""
 
   pair: np.ndarray  # i64[P]  the span's pair, counted within the batch
-  left: np.ndarray  # i64[P]  mirrored tokens left of the prompt, all chosen
+  left: np.ndarray  # i64[P]  mirrored tokens left of the prompt
+  left_column: np.ndarray  # i64[P]  whose these are: 0 chosen, 1 rejected, ...
   prompt: np.ndarray  # i64[P]
   right: np.ndarray  # i64[P]  tokens right of the prompt
-  right_side: np.ndarray  # i64[P]  whose these are: 0 chosen, 1 rejected
+  right_column: np.ndarray  # i64[P]
   row: np.ndarray  # i64[P]  counted over the whole batch
   offset: np.ndarray  # i64[P]  index of the span's first token in its row
   num_rows: int
+
+  @property
+  def lengths(self) -> np.ndarray:
+    """The tokens of each span, i64[P]."""
+    return self.left + self.prompt + self.right
 
   def select(self, spans: np.ndarray) -> "Plan":
     """Returns the plan of some spans only; `num_rows` stays the batch's."""
@@ -72,46 +79,82 @@ def span_lengths(lengths: np.ndarray, layout: str) -> np.ndarray:
   """Returns i64[n], the row length that each pair needs to be placed at all.
 
   Args:
-    lengths: [n,3], tokens of prompt, chosen and rejected.
+    lengths: [n,1+C], tokens of the prompt and of C responses.
     layout: one of `LAYOUTS`.
   """
-  prompt, chosen, rejected = np.asarray(lengths, np.int64).T
+  prompt, responses = np.split(np.asarray(lengths, np.int64), [1], axis=1)
   if layout == "padded":
-    return prompt + np.maximum(chosen, rejected)
-  return prompt + chosen + rejected
+    return prompt[:, 0] + responses.max(axis=1)
+  num_spans = (_two_by_two(responses).max(axis=2) > 0).sum(axis=1)
+  return prompt[:, 0] * num_spans + responses.sum(axis=1)
 
 
-def make_plan(lengths: np.ndarray, row_length: int, layout: str) -> Plan:
+def make_plan(
+  lengths: np.ndarray,
+  row_length: int,
+  layout: str,
+  columns: Sequence[int] | None = None,
+) -> Plan:
   """Returns where the spans of a batch stand.
 
   Args:
-    lengths: [B,3], tokens of prompt, chosen and rejected; a demonstration has
-      no rejected tokens, an unused pair slot has none at all.
-    row_length: tokens in a row; no span may be longer.
+    lengths: [B,1+C], tokens of the prompt and of C responses; an absent
+      response has none, an unused pair slot has none at all.
+    row_length: tokens in a row; no pair may need more.
     layout: one of `LAYOUTS`.
+    columns: the responses that are placed, all of them by default.
   """
-  prompt, chosen, rejected = np.asarray(lengths, np.int64).T
-  pair = np.arange(len(prompt))
+  prompt, responses = np.split(np.asarray(lengths, np.int64), [1], axis=1)
+  columns = np.arange(responses.shape[1]) if columns is None else columns
+  responses = responses[:, columns]
+  columns = np.broadcast_to(columns, responses.shape)
   if layout == "padded":
-    pair, prompt = np.repeat(pair, 2), np.repeat(prompt, 2)
-    right = np.stack([chosen, rejected], 1).reshape(-1)
-    right_side = np.tile([CHOSEN, REJECTED], len(chosen))
-    left = np.zeros_like(right)
-    used = right > 0
+    first = np.zeros_like(responses)
+    second, second_column, first_column = responses, columns, columns
   else:
-    is_pair = rejected > 0
-    left = np.where(is_pair, chosen, 0)
-    right = np.where(is_pair, rejected, chosen)
-    right_side = np.where(is_pair, REJECTED, CHOSEN)
-    used = prompt + right > 0
-  columns = [pair, left, prompt, right, right_side]
-  pair, left, prompt, right, right_side = (x[used] for x in columns)
+    first, second = np.moveaxis(_two_by_two(responses), 2, 0)
+    first_column, second_column = np.moveaxis(_two_by_two(columns), 2, 0)
+  both = (first > 0) & (second > 0)
+  pair, group = np.nonzero(first + second)
+  take = lambda x: x[pair, group]
+  left = take(np.where(both, first, 0))
+  right = take(np.where(both, second, first + second))
+  right_column = take(np.where(second > 0, second_column, first_column))
+  prompt = prompt[pair, 0]
   if layout == "padded":
     row, offset = np.arange(len(pair)), np.zeros(len(pair), np.int64)
   else:
-    row, offset = assign_rows(left + prompt + right, row_length)
+    row, offset = _assign_pairs(pair, left + prompt + right, row_length)
   num_rows = int(row.max(initial=-1)) + 1
-  return Plan(pair, left, prompt, right, right_side, row, offset, num_rows)
+  return Plan(
+    pair=pair,
+    left=left,
+    left_column=take(first_column),
+    prompt=prompt,
+    right=right,
+    right_column=right_column,
+    row=row,
+    offset=offset,
+    num_rows=num_rows,
+  )
+
+
+def _two_by_two(columns: np.ndarray) -> np.ndarray:
+  """Returns [n,C] as [n,ceil(C/2),2], a last odd one beside a zero."""
+  padded = np.pad(columns, ((0, 0), (0, columns.shape[1] % 2)))
+  return padded.reshape(len(columns), -1, 2)
+
+
+def _assign_pairs(
+  pair: np.ndarray, lengths: np.ndarray, row_length: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns row and offset of each span; those of one pair stand together."""
+  _, first, count = np.unique(pair, return_index=True, return_counts=True)
+  before = np.cumsum(lengths) - lengths
+  total = np.add.reduceat(lengths, first) if len(first) else lengths
+  row, offset = assign_rows(total, row_length)
+  within = before - np.repeat(before[first], count)
+  return np.repeat(row, count), np.repeat(offset, count) + within
 
 
 def assign_rows(
@@ -172,6 +215,8 @@ def pack(
   microbatch_rows: int,
   num_microbatches: int,
   row_range: tuple[int, int],
+  num_columns: int,
+  prompt_column: int | None = None,
 ) -> Rows:
   """Returns the rows [M, hi-lo, row_length] that hold the spans of a plan.
 
@@ -185,6 +230,9 @@ def pack(
     microbatch_rows: rows in a microbatch, over all processes.
     num_microbatches: M, filled or not.
     row_range: the rows of each microbatch that are built, `hi` exclusive.
+    num_columns: C, how many sums of a pair `Rows.response` tells apart.
+    prompt_column: the one that scores the prompt's tokens from the second on,
+      once a pair, beside its first response; None scores no prompt.
   """
   lo, hi = row_range
   microbatch, row = np.divmod(plan.row, microbatch_rows)
@@ -196,11 +244,35 @@ def pack(
   }
   leaves["response"].fill(-1)
   flat = {name: leaf.reshape(-1) for name, leaf in leaves.items()}
-  left, right = _left_tokens(plan, tokens), _right_tokens(plan, tokens)
+  left = select(tokens.responses, plan.left_column, plan.left)
+  right = select(tokens.responses, plan.right_column, plan.right)
   _place_left(flat, plan, left, row_start)
   _place_right(flat, plan, tokens.prompt.values, right, row_start)
-  _score(flat, plan, left, right, row_start)
+  runs = [
+    _Run(plan.left, plan.left_column, left),
+    _Run(plan.right, plan.right_column, right),
+  ]
+  if prompt_column is not None:
+    runs.append(_prompt_run(plan, tokens.prompt, prompt_column))
+  _score(flat, plan, runs, row_start, num_columns)
   return Rows(**leaves)
+
+
+class _Run(NamedTuple):
+  """Tokens of each span that follow each other and are scored."""
+
+  lengths: np.ndarray  # i64[P]
+  column: np.ndarray  # i64[P]  the sum that they belong to
+  targets: np.ndarray  # i32[sum of lengths]
+
+
+def _prompt_run(plan: Plan, prompt: Ragged, column: int) -> _Run:
+  """Returns the prompts' tokens, but for their first, as a run."""
+  nearest = np.where(plan.left > 0, plan.left_column, plan.right_column)
+  lengths = np.where(nearest == 0, plan.prompt - 1, 0)
+  owner, rank = _expand(lengths)
+  targets = prompt.values[prompt.offsets[owner] + rank + 1]
+  return _Run(lengths, np.full_like(lengths, column), targets)
 
 
 def _expand(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -210,21 +282,24 @@ def _expand(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   return owner, rank
 
 
-def _left_tokens(plan: Plan, tokens: PairTokens) -> np.ndarray:
-  """Returns the tokens left of each prompt, end to end, in reading order."""
-  owner, rank = _expand(plan.left)
-  return tokens.chosen.values[tokens.chosen.offsets[owner] + rank]
+def select(
+  responses: Sequence[Ragged], column: np.ndarray, lengths: np.ndarray
+) -> np.ndarray:
+  """Returns the first tokens of one response of each pair, end to end.
 
-
-def _right_tokens(plan: Plan, tokens: PairTokens) -> np.ndarray:
-  """Returns the tokens right of each prompt, end to end."""
-  owner, rank = _expand(plan.right)
-  start = np.where(
-    plan.right_side == CHOSEN,
-    tokens.chosen.offsets[:-1],
-    tokens.rejected.offsets[:-1] + len(tokens.chosen.values),
+  Args:
+    responses: of n pairs.
+    column: i64[n], which response of each.
+    lengths: i64[n], how many of its tokens.
+  """
+  sizes = [len(response.values) for response in responses]
+  base = np.cumsum([0, *sizes])
+  starts = np.stack(
+    [x.offsets[:-1] + b for x, b in zip(responses, base, strict=False)], 1
   )
-  values = np.concatenate([tokens.chosen.values, tokens.rejected.values])
+  owner, rank = _expand(lengths)
+  start = starts[np.arange(len(column)), column]
+  values = np.concatenate([response.values for response in responses])
   return values[start[owner] + rank]
 
 
@@ -268,30 +343,32 @@ def _place_right(
 def _score(
   flat: dict[str, np.ndarray],
   plan: Plan,
-  left: np.ndarray,
-  right: np.ndarray,
+  runs: list[_Run],
   row_start: np.ndarray,
+  num_columns: int,
 ) -> None:
-  """Writes which state predicts which response token, row by row."""
-  num_scored = plan.left + plan.right
+  """Writes which state predicts which token: left, right, prompt runs."""
+  num_scored = sum(run.lengths for run in runs)
   order = np.lexsort((plan.offset, row_start))
   before = np.cumsum(num_scored[order]) - num_scored[order]
   first = np.searchsorted(row_start[order], row_start[order])
   entry = np.empty_like(row_start)
   entry[order] = row_start[order] + before - before[first]
-  prompt_last = plan.offset + plan.left + plan.prompt - 1
-
-  owner, rank = _expand(plan.left)
-  at = entry[owner] + rank
-  previous = (plan.offset + plan.left)[owner] - rank  # index of c_(t-1)
-  flat["score_index"][at] = np.where(rank == 0, prompt_last[owner], previous)
-  flat["targets"][at] = left
-  flat["response"][at] = 2 * plan.pair[owner] + CHOSEN
-  flat["rank"][at] = rank
-
-  owner, rank = _expand(plan.right)
-  at = (entry + plan.left)[owner] + rank
-  flat["score_index"][at] = prompt_last[owner] + rank
-  flat["targets"][at] = right
-  flat["response"][at] = (2 * plan.pair + plan.right_side)[owner]
-  flat["rank"][at] = rank
+  prompt_start = plan.offset + plan.left
+  prompt_last = prompt_start + plan.prompt - 1
+  # Where the state stands that predicts a token, by the token's rank.
+  predicts = (
+    lambda owner, rank: np.where(
+      rank == 0, prompt_last[owner], prompt_start[owner] - rank
+    ),
+    lambda owner, rank: prompt_last[owner] + rank,
+    lambda owner, rank: prompt_start[owner] + rank,
+  )
+  for run, index in zip(runs, predicts, strict=False):
+    owner, rank = _expand(run.lengths)
+    at = entry[owner] + rank
+    flat["score_index"][at] = index(owner, rank)
+    flat["targets"][at] = run.targets
+    flat["response"][at] = (num_columns * plan.pair + run.column)[owner]
+    flat["rank"][at] = rank
+    entry = entry + run.lengths

@@ -134,8 +134,9 @@ def tokenize(
   Args:
     rows: examples, as `examples.read` yields them.
     tokenizer: of `load_tokenizer`.
-    inputs: `pairs`, `scored_pairs`, or `demonstrations` (the response stands
-      in `chosen`).
+    inputs: one of `examples.INPUTS`. The response of a demonstration stands
+      in the column of chosen ones, one that is labelled by itself in that of
+      chosen or rejected; a list's responses have columns of their own.
     max_length: tokens in prompt and response together, at least 1.
     max_prompt_length: tokens in a prompt, at least 1.
 
@@ -153,24 +154,27 @@ def tokenize(
   score_gaps = array.array("f")
   rows = iter(rows)
   while chunk := list(itertools.islice(rows, CHUNK_ROWS)):
-    for row, lists in _tokenize_chunk(chunk, tokenizer, inputs, report):
+    for row, lists in _tokenize_chunk(chunk, tokenizer, report):
       kept = _truncate(lists, max_length, max_prompt_length, report)
       if kept:
-        for column, tokens in zip(columns, kept, strict=True):
-          column.append(tokens)
+        while len(columns) < len(kept):  # a list longer than those before it
+          columns.append(_Lists.of_empty(report.kept - 1))
+        for column, tokens in itertools.zip_longest(columns, kept):
+          column.append(tokens or [])
         if inputs == "scored_pairs":
           score_gaps.append(row["score_gap"])
-  tokens = PairTokens(*(column.ragged() for column in columns))
+  prompt, *responses = (column.ragged() for column in columns)
+  tokens = PairTokens(prompt, tuple(responses))
   if inputs == "scored_pairs":
     tokens = tokens._replace(score_gaps=np.array(score_gaps, np.float32))
+  chosen, rejected = (len(x.values) for x in responses[:2])
   report.tokens = {
-    "prompt": len(tokens.prompt.values),
-    "chosen": len(tokens.chosen.values),
-    "rejected": len(tokens.rejected.values),
-  }
-  if inputs == "demonstrations":
-    report.tokens["response"] = report.tokens.pop("chosen")
-    del report.tokens["rejected"]
+    "pairs": {"chosen": chosen, "rejected": rejected},
+    "demonstrations": {"response": chosen},
+    "labelled": {"desirable": chosen, "undesirable": rejected},
+    "ranked": {"responses": sum(len(x.values) for x in responses)},
+  }[inputs.removeprefix("scored_")]
+  report.tokens = {"prompt": len(prompt.values)} | report.tokens
   return tokens, report
 
 
@@ -220,23 +224,37 @@ def encode_responses(
 
 
 def _tokenize_chunk(
-  rows: list[dict], tokenizer: Tokenizer, inputs: str, report: Report
+  rows: list[dict], tokenizer: Tokenizer, report: Report
 ) -> Iterator[tuple[dict, tuple[list[int], ...]]]:
-  """Yields rows that are not dropped, with prompt, chosen and rejected."""
+  """Yields rows that are not dropped, with tokens of prompt and responses."""
   report.read += len(rows)
   for row in rows:
     if "dropped" in row:
       report.drop(row["dropped"])
   rows = [row for row in rows if "dropped" not in row]
-  prompts = [row["prompt"] for row in rows]
-  encoded = [encode_prompts(tokenizer, prompts)]
-  is_pairs = inputs != "demonstrations"
-  for name in ("chosen", "rejected") if is_pairs else ("response",):
-    responses = [row[name] for row in rows]
-    encoded.append(encode_responses(tokenizer, prompts, responses))
-  if not is_pairs:
-    encoded.append([[] for _ in rows])
-  yield from zip(rows, zip(*encoded, strict=True), strict=True)
+  if not rows:
+    return
+  responses = [_responses(row) for row in rows]
+  prompts = encode_prompts(tokenizer, [row["prompt"] for row in rows])
+  present = [
+    (row["prompt"], text)
+    for row, texts in zip(rows, responses, strict=True)
+    for text in texts
+    if text is not None
+  ]
+  encoded = iter(encode_responses(tokenizer, *zip(*present, strict=True)))
+  for row, prompt, texts in zip(rows, prompts, responses, strict=True):
+    yield row, (prompt, *([] if x is None else next(encoded) for x in texts))
+
+
+def _responses(row: dict) -> list[examples.Text | None]:
+  """Returns an example's responses by column, None where one is absent."""
+  if "responses" in row:
+    return row["responses"]
+  if "response" in row:
+    response = row["response"]
+    return [response, None] if row.get("label", True) else [None, response]
+  return [row["chosen"], row["rejected"]]
 
 
 def _truncate(
@@ -245,19 +263,20 @@ def _truncate(
   max_prompt_length: int,
   report: Report,
 ) -> tuple[list[int], ...] | None:
-  """Returns prompt, chosen and rejected cut to length; None when dropped."""
+  """Returns prompt and responses cut to length; None when dropped."""
   prompt, *responses = lists
   kept_prompt = prompt[-max_prompt_length:]
   room = max_length - len(kept_prompt)
   if room <= 0:
     report.drop("no room for a response")
     return None
-  chosen, rejected = (response[:room] for response in responses)
+  kept = [response[:room] for response in responses]
   report.kept += 1
   report.truncated_prompts += len(prompt) > max_prompt_length
   report.truncated_responses += sum(len(x) > room for x in responses)
-  report.identical += chosen == rejected
-  return kept_prompt, chosen, rejected
+  present = [tuple(tokens) for tokens in kept if tokens]
+  report.identical += len(set(present)) < len(present)
+  return kept_prompt, *kept
 
 
 def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
@@ -322,6 +341,12 @@ class _Lists:
 
   def __init__(self):
     self._values, self._lengths = array.array("i"), array.array("q")
+
+  @classmethod
+  def of_empty(cls, count: int) -> "_Lists":
+    lists = cls()
+    lists._lengths.extend([0] * count)
+    return lists
 
   def append(self, tokens: list[int]) -> None:
     self._values.extend(tokens)

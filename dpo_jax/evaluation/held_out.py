@@ -154,7 +154,9 @@ def _tokenize(rows, path, tokenizer, settings):
     dropped.update(report.dropped)
     kept += report.kept
     if report.kept:
-      lists = [column.values.tolist() for column in tokens[:3]]
+      lists = [
+        column.values.tolist() for column in (tokens.prompt, *tokens.responses)
+      ]
       yield (
         preference_report.Pair(
           data=path,

@@ -37,7 +37,7 @@ def evaluate(
     lengths.append(jax.device_get(batch.lengths))
     score_gaps.append(jax.device_get(batch.score_gaps))
   lengths = np.concatenate(lengths)
-  used = lengths[:, 0] > 0
+  used = np.any(lengths > 0, axis=1)
   lengths = lengths[used]
   join = lambda *x: np.concatenate(x)[used]
   scores = jax.tree.map(join, *scores)

@@ -9,6 +9,7 @@ batch: rows whose scored positions end early cost nothing past their end.
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -75,17 +76,22 @@ def token_logps(
 
 @typed
 def response_sums(
-  values: Num[Array, "R S"], rows: Rows, num_pairs: int
-) -> Num[Array, "B 2"]:
+  values: Num[Array, "R S"], rows: Rows, shape: tuple[int, int]
+) -> Num[Array, "B C"]:
   """Returns the sum of `values` over each response's tokens.
 
   A response that these rows do not hold sums to 0. The sum over a mask takes
   the same order in every run, which a scatter with atomic adds does not.
+
+  Args:
+    values: one for each scored token.
+    rows: `response` is read.
+    shape: (B, C), pairs of the batch and sums of each.
   """
-  responses = jnp.arange(2 * num_pairs)
+  responses = jnp.arange(math.prod(shape))
   mask = rows.response[None] == responses[:, None, None]
   sums = jnp.sum(jnp.where(mask, values[None], 0), axis=(1, 2))
-  return sums.reshape(num_pairs, 2)
+  return sums.reshape(shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -100,7 +100,7 @@ def with_scores(
 
 @typed
 def length_desensitised_weights(
-  rows: Rows, lengths: Int[Array, "B 2"], ld_alpha: float
+  rows: Rows, lengths: Int[Array, "B C"], ld_alpha: float
 ) -> Float[Array, "R S"]:
   """Returns each scored token's weight, 0 at padding.
 
@@ -110,10 +110,11 @@ def length_desensitised_weights(
 
   Args:
     rows: the rows that hold the pairs.
-    lengths: response tokens of chosen and rejected.
+    lengths: response tokens; of chosen and rejected, if ld_alpha is not 1.
     ld_alpha: in [0, 1]; 1 changes nothing.
   """
-  shared = jnp.min(lengths, axis=1)[jnp.maximum(rows.response, 0) // 2]
+  pair = jnp.maximum(rows.response, 0) // lengths.shape[1]
+  shared = jnp.min(lengths, axis=1)[pair]
   weights = jnp.where(rows.rank < shared, 1.0, ld_alpha)
   return jnp.where(rows.response >= 0, weights, 0.0)
 
@@ -135,7 +136,7 @@ def wpo_log_weights(
     lengths: response tokens of chosen and rejected.
   """
   aligned = jax.lax.stop_gradient(policy.logps - policy.log_sum_squares)
-  sums = logprobs.response_sums(aligned, rows, lengths.shape[0])
+  sums = logprobs.response_sums(aligned, rows, lengths.shape)
   return (sums / jnp.maximum(lengths, 1)).sum(axis=1)
 
 
@@ -153,7 +154,12 @@ def chosen_nll(pairs: PairLogps) -> Logps:
   -lw * (pairs in the batch) / (chosen tokens in the batch). Added with a
   weight to a preference loss it is RPO's (Pang et al. 2024, arXiv 2404.19733).
   Differs: there each response is averaged over its own tokens first.
+
+  Where the pairs hold their prompts' log-probabilities, tokens of prompts
+  count as well (`prompt_nll`).
   """
-  num_pairs = jnp.sum(pairs.chosen_lengths > 0)
-  num_tokens = jnp.maximum(jnp.sum(pairs.chosen_lengths), 1)
-  return -pairs.policy_chosen * (num_pairs / num_tokens)
+  logps, lengths = pairs.policy_chosen, pairs.chosen_lengths
+  if pairs.policy_prompt is not None:
+    logps, lengths = logps + pairs.policy_prompt, lengths + pairs.prompt_lengths
+  num_tokens = jnp.maximum(jnp.sum(lengths), 1)
+  return -logps * (jnp.sum(pairs.present) / num_tokens)

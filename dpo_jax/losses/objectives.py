@@ -8,6 +8,7 @@ from typing import Any
 from jaxtyping import Float, Int
 
 from dpo_jax.losses import (
+  labelled,  # noqa: F401, puts its losses in the table
   modifiers,
   preference,  # noqa: F401, puts its losses in the table
   reference_free,  # noqa: F401, puts its losses in the table
@@ -18,6 +19,8 @@ from dpo_jax.losses.registry import Logps, Loss, PairLogps, Range
 from dpo_jax.types import Array, Rows
 
 LOSSES: dict[str, Loss] = registry.LOSSES
+# What losses read, the most demanding first. A list is no pair.
+_DEMANDING = ("ranked", "scored_pairs", "pairs", "labelled", "demonstrations")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Objective:
   ld_alpha: float
   wpo: bool
   sft_weight: float
+  prompt_nll: bool
 
   @property
   def name(self) -> str:
@@ -69,8 +73,13 @@ class Objective:
   def inputs(self) -> str:
     """What the most demanding loss reads; beside pairs, `sft` sees chosen."""
     kinds = {term.loss.inputs for term in self.terms}
-    order = ("scored_pairs", "pairs", "demonstrations")
-    return next(kind for kind in order if kind in kinds)
+    return next(kind for kind in _DEMANDING if kind in kinds)
+
+  @property
+  def extra_columns(self) -> tuple[str, ...]:
+    """What is scored beside the responses; see `data.loader.Loader`."""
+    mismatched = any(term.loss.reads_mismatched for term in self.terms)
+    return ("mismatched",) * mismatched + ("prompt",) * self.prompt_nll
 
   @property
   def needs_log_sum_squares(self) -> bool:
@@ -96,7 +105,7 @@ class Objective:
     )
 
   def token_weights(
-    self, rows: Rows, lengths: Int[Array, "B 2"]
+    self, rows: Rows, lengths: Int[Array, "B C"]
   ) -> Float[Array, "R S"]:
     """Returns each token's weight in its response's sum, 0 at padding."""
     return modifiers.length_desensitised_weights(rows, lengths, self.ld_alpha)
@@ -149,6 +158,7 @@ def make_objective(
   ld_alpha: float = 1.0,
   wpo: bool = False,
   sft_weight: float = 0.0,
+  prompt_nll: bool = False,
 ) -> Objective:
   """Returns the loss `name` with its hyper-parameters and modifiers.
 
@@ -162,6 +172,7 @@ def make_objective(
     ld_alpha: weight, in [0, 1], of tokens past the shorter response's length.
     wpo: weight pairs by their probability under the policy.
     sft_weight: weight, at least 0, of the chosen responses' token-mean NLL.
+    prompt_nll: whether the loss's own token-mean NLL covers prompts too.
 
   Raises:
     ValueError: a value is not allowed, or a loss does not honour it.
@@ -175,6 +186,7 @@ def make_objective(
     "ld_alpha": ld_alpha != 1,
     "wpo": wpo,
     "sft_weight": sft_weight != 0,
+    "prompt_nll": prompt_nll,
   }
   for modifier, is_used in used.items():
     for term in terms:
@@ -193,6 +205,7 @@ def make_objective(
     ld_alpha=float(ld_alpha),
     wpo=bool(wpo),
     sft_weight=float(sft_weight),
+    prompt_nll=bool(prompt_nll),
   )
 
 
@@ -213,6 +226,12 @@ def _make_terms(
       (key, float(hyperparameters[key])) for key in loss.hyperparameters
     ]
     terms.append(Term(loss, weights[loss.name], tuple(values)))
+  kinds = {loss.inputs for loss in losses}
+  if "ranked" in kinds and kinds - {"ranked", "demonstrations"}:
+    raise ValueError(
+      f"loss.name={name!r}: a loss of ranked lists can be summed with losses"
+      " of demonstrations only"
+    )
   return tuple(terms)
 
 

@@ -51,6 +51,25 @@ def dpo(pairs: PairLogps, *, beta: Positive) -> Logps:
   return registry.smoothed(beta * pairs.margin, 0.0)
 
 
+@registry.register(honours=frozenset({"sft_weight"}), inputs="ranked")
+@typed
+def plackett_luce(pairs: PairLogps, *, beta: Positive) -> Logps:
+  """Returns -sum_k log(exp(z_k) / sum_(j >= k) exp(z_j)), z_k = beta u_k.
+
+  Rafailov et al. 2023 (DPO, arXiv 2305.18290), eq 20: `dpo` for a list of
+  responses, the best first, under the Plackett-Luce model; two give `dpo`.
+  """
+  logratios, lengths = pairs.ranked_logratios, pairs.ranked_lengths
+  if logratios is None:
+    logratios = jnp.stack([pairs.chosen_logratio, pairs.rejected_logratio], 1)
+    lengths = jnp.stack([pairs.chosen_lengths, pairs.rejected_lengths], 1)
+  present = lengths > 0
+  # Not -inf: the gradient of a slot without any response would be nan.
+  z = jnp.where(present, beta * logratios, -1e30)
+  rest = jax.lax.cumlogsumexp(z, axis=1, reverse=True)
+  return jnp.sum(jnp.where(present, rest - z, 0), axis=1)
+
+
 @registry.register(honours=_OF_MARGIN)
 @typed
 def cdpo(

@@ -23,6 +23,7 @@ from dpo_jax.types import Array, typed
 _PAIRWISE = frozenset({"ld_alpha", "wpo", "sft_weight"})
 # Losses with a likelihood of their own, which counts every token alike.
 _NONE = frozenset()
+_WITH_PROMPT = frozenset({"prompt_nll"})
 
 # The mean log-probability of a token stays this far below 0: at 0 the odds
 # are infinite, and a float32 tells no probability nearer to 1 from 1.
@@ -30,7 +31,7 @@ _MIN_NLL = 1e-7
 
 
 @registry.register(
-  honours=_NONE, needs_reference=False, inputs="demonstrations"
+  honours=_WITH_PROMPT, needs_reference=False, inputs="demonstrations"
 )
 @typed
 def sft(pairs: PairLogps) -> Logps:
@@ -51,7 +52,7 @@ def sft_sum(pairs: PairLogps) -> Logps:
 
 
 @registry.register(
-  honours=_NONE, needs_reference=False, inputs="demonstrations"
+  honours=_WITH_PROMPT, needs_reference=False, inputs="demonstrations"
 )
 @typed
 def preferred_ft(pairs: PairLogps) -> Logps:
@@ -93,7 +94,7 @@ def simpo(
   return registry.smoothed(margin, label_smoothing)
 
 
-@registry.register(honours=_NONE, needs_reference=False)
+@registry.register(honours=_WITH_PROMPT, needs_reference=False)
 @typed
 def orpo(pairs: PairLogps, *, lambda_: NotNegative) -> Logps:
   """Returns nll_w - lambda ls(o), the log-odds ratio of token means.
@@ -102,8 +103,9 @@ def orpo(pairs: PairLogps, *, lambda_: NotNegative) -> Logps:
   o = (aw - al) - (log(1 - exp(aw)) - log(1 - exp(al))).
 
   Differs: nll_w is the mean over the response tokens of the whole batch;
-  there each response is averaged first, and TRL's mean covers prompt tokens
-  as well. Means above -1e-7 count as -1e-7, where odds are still finite.
+  there each response is averaged first. TRL's mean covers prompt tokens as
+  well, as ours does under `prompt_nll`. Means above -1e-7 count as -1e-7,
+  where odds are still finite.
   """
   chosen, rejected = (
     jnp.minimum(x, -_MIN_NLL) for x in _mean_token_logps(pairs)

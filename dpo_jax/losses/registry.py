@@ -72,6 +72,21 @@ class PairLogps:
   chosen_lengths: Array  # f32[B]  response tokens
   rejected_lengths: Array  # f32[B]
   score_gaps: Array | None = None  # f32[B]  of scored pairs; 0 without a pair
+  # Of the prompt's tokens from its second on, where the loss counts them.
+  policy_prompt: Array | None = None  # f32[B]
+  prompt_lengths: Array | None = None  # f32[B]
+  # Policy minus reference of another pair's response behind the prompt, of
+  # every pair of the batch, present or not; 0 in a slot without one.
+  mismatched_logratio: Array | None = None  # f32[B]
+  # Policy minus reference of each response of a ranked list, the best first;
+  # absent ones have length 0 and stand last. None: the pair is the list.
+  ranked_logratios: Array | None = None  # f32[B,K]
+  ranked_lengths: Array | None = None  # f32[B,K]
+
+  @property
+  def present(self) -> Array:
+    """Which slots hold a pair, or either of its responses, bool[B]."""
+    return (self.chosen_lengths > 0) | (self.rejected_lengths > 0)
 
   @property
   def chosen_logratio(self) -> Array:
@@ -100,10 +115,13 @@ class Loss:
   fn: Callable[..., Array]
   hyperparameters: tuple[str, ...]  # from the signature, without defaults
   needs_reference: bool
-  # "pairs", "scored_pairs", or "demonstrations": chosen responses alone
+  # "pairs", "scored_pairs", "demonstrations" (chosen responses alone),
+  # "labelled" (pairs or lone responses), or "ranked" (lists)
   inputs: str
   looks_across_batch: bool  # a pair's loss depends on the batch's other pairs
-  honours: frozenset[str]  # of f_divergence, ld_alpha, wpo, sft_weight
+  # Of f_divergence, ld_alpha, wpo, sft_weight, prompt_nll.
+  honours: frozenset[str]
+  reads_mismatched: bool = False
   state: tuple[str, ...] = ()  # scalars that steps hand on, 0 at first
   next_state: Callable[..., dict[str, Array]] | None = None  # called as `fn`
 
@@ -122,6 +140,7 @@ def register(
   needs_reference: bool = True,
   inputs: str = "pairs",
   looks_across_batch: bool = False,
+  reads_mismatched: bool = False,
   state: tuple[str, ...] = (),
   next_state: Callable[..., dict[str, Array]] | None = None,
 ) -> Callable[[Any], Any]:
@@ -139,6 +158,7 @@ def register(
       inputs=inputs,
       looks_across_batch=looks_across_batch,
       honours=honours,
+      reads_mismatched=reads_mismatched,
       state=state,
       next_state=next_state,
     )

@@ -71,51 +71,7 @@ def beta_dpo(
   return registry.smoothed(beta * scale * pairs.margin, 0.0)
 
 
-def _next_reward(pairs: PairLogps, state: State, *, beta, **weights):
-  del weights
-  rewards = beta * (pairs.chosen_logratio + pairs.rejected_logratio) / 2
-  count = state["num_batches"] + 1
-  change = (_mean(pairs, rewards) - state["mean_reward"]) / count
-  return {"mean_reward": state["mean_reward"] + change, "num_batches": count}
-
-
-@registry.register(
-  honours=_PAIRWISE,
-  looks_across_batch=True,
-  state=("mean_reward", "num_batches"),
-  next_state=_next_reward,
-)
-@typed
-def bco(
-  pairs: PairLogps,
-  state: State,
-  *,
-  beta: Positive,
-  desirable_weight: Positive,
-  undesirable_weight: Positive,
-) -> Logps:
-  """Returns -a ls(beta u - delta) - b ls(-(beta v - delta)).
-
-  Jung et al. 2024 (BCO, arXiv 2404.04656), with the reward shift delta: the
-  mean reward of all responses, of this batch and of those before it, each
-  batch weighing the same. A pair is one desirable and one undesirable example
-  and has the sum of their losses, as in `bco_pair`.
-
-  Args:
-    pairs: log-probabilities of the whole batch.
-    state: `mean_reward` and `num_batches` before this batch.
-    beta: scales log-ratios to rewards.
-    desirable_weight: a, of chosen responses.
-    undesirable_weight: b, of rejected responses.
-  """
-  delta = _next_reward(pairs, state, beta=beta)["mean_reward"]
-  desirable = jax.nn.log_sigmoid(beta * pairs.chosen_logratio - delta)
-  undesirable = jax.nn.log_sigmoid(delta - beta * pairs.rejected_logratio)
-  return -desirable_weight * desirable - undesirable_weight * undesirable
-
-
 def _mean(pairs: PairLogps, values: Array) -> Array:
   """Returns the mean over the slots that hold a pair, without gradient."""
-  valid = pairs.chosen_lengths > 0
-  total = jnp.sum(jnp.where(valid, values, 0))
-  return jax.lax.stop_gradient(total / jnp.maximum(jnp.sum(valid), 1))
+  total = jnp.sum(jnp.where(pairs.present, values, 0))
+  return jax.lax.stop_gradient(total / jnp.maximum(jnp.sum(pairs.present), 1))

@@ -13,33 +13,51 @@ def preference_metrics(
   *,
   beta: float,
   has_rejected: bool,
+  has_pairs: bool,
 ) -> dict[str, Array]:
   """Returns means over pairs: loss, implicit rewards and log-probabilities.
 
   Args:
     losses: f[B], the loss of each pair.
-    policy: f[B,2], summed log-probability of chosen and rejected, nats.
-    reference: f[B,2], the same under the reference; None gives no rewards.
-    lengths: i32[B,2], response tokens; a slot without a pair has none.
+    policy: f[B,C], summed log-probability of each response, nats: of chosen
+      and rejected, or of a ranked list, the best first.
+    reference: f[B,C], the same under the reference; None gives no rewards.
+    lengths: i32[B,C], response tokens; an absent response has none.
     beta: scales log-ratios to rewards.
-    has_rejected: whether these are pairs, not demonstrations.
+    has_rejected: whether these are not demonstrations.
+    has_pairs: whether any prompt has two responses.
 
   Returns:
     Scalars. A reward is beta * (policy - reference), whatever the loss; an
-    accuracy counts a pair as right when chosen is above rejected.
+    accuracy counts a pair as right when chosen is above rejected. Of a list,
+    `rejected` is the last response, and every two responses are a pair. A
+    mean over nothing is 0.
   """
-  valid = lengths[:, 0] > 0
-  mean = lambda x: jnp.sum(jnp.where(valid, x, 0)) / jnp.sum(valid)
-  metrics = {"loss": mean(losses), "logps/chosen": mean(policy[:, 0])}
-  if has_rejected:
-    metrics["logps/rejected"] = mean(policy[:, 1])
+  present = lengths > 0
+  last = jnp.maximum(jnp.sum(present[:, 1:], axis=1), 1)[:, None]
+  worst = lambda x: jnp.take_along_axis(x, last, axis=1)[:, 0]
+  means = lambda values, name: (
+    {f"{name}/chosen": _mean(values[:, 0], present[:, 0])}
+    | (
+      {f"{name}/rejected": _mean(worst(values), worst(present))}
+      if has_rejected
+      else {}
+    )
+  )
+  metrics = {"loss": _mean(losses, present.any(axis=1))}
+  metrics |= means(policy, "logps")
   if reference is not None:
     rewards = beta * (policy - reference)
-    margins = rewards[:, 0] - rewards[:, 1]
-    metrics |= {
-      "rewards/chosen": mean(rewards[:, 0]),
-      "rewards/rejected": mean(rewards[:, 1]),
-      "rewards/margins": mean(margins),
-      "rewards/accuracies": mean((margins > 0).astype(policy.dtype)),
-    }
+    metrics |= means(rewards, "rewards")
+    if has_pairs:
+      margins = rewards[:, :, None] - rewards[:, None, :]
+      both = jnp.triu(present[:, :, None] & present[:, None, :], k=1)
+      metrics["rewards/margins"] = _mean(margins, both)
+      metrics["rewards/accuracies"] = _mean(margins > 0, both)
   return metrics
+
+
+def _mean(values: Array, where: Array) -> Array:
+  values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
+  total = jnp.sum(jnp.where(where, values, 0))
+  return total / jnp.maximum(jnp.sum(where), 1)

@@ -167,7 +167,7 @@ def check_mode(mode: str, objective: objectives.Objective) -> None:
 
 
 def cache_key(
-  dataset: loader.Dataset,
+  batches: loader.Loader,
   model: model_config.ModelConfig,
   fingerprints: Mapping[str, int],
   objective: objectives.Objective,
@@ -179,19 +179,27 @@ def cache_key(
   among them: they change the order of sums only.
 
   Args:
-    dataset: the pairs.
+    batches: the pairs, and what is scored beside their responses.
     model: the reference's decoder.
     fingerprints: of each array of its parameters.
     objective: of the loss, `ld_alpha` alone enters.
   """
   shape = dataclasses.asdict(model)
   del shape["remat"]  # changes nothing without a backward pass
-  settings = [CACHE_VERSION, shape, dict(fingerprints), objective.ld_alpha]
+  settings = [
+    CACHE_VERSION,
+    shape,
+    dict(fingerprints),
+    objective.ld_alpha,
+    batches.extra_columns,
+  ]
+  dataset = batches.dataset
   digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
   digest.update(np.ascontiguousarray(dataset.lengths))
   for first in range(0, len(dataset.lengths), _HASHED_PAIRS):
     last = min(first + _HASHED_PAIRS, len(dataset.lengths))
-    for column in dataset.take(np.arange(first, last))[:3]:
+    tokens = dataset.take(np.arange(first, last))
+    for column in (tokens.prompt, *tokens.responses):
       digest.update(np.ascontiguousarray(column.values))
   return digest.hexdigest()[:32]
 
@@ -199,11 +207,11 @@ def cache_key(
 def cached_logps(
   cache_dir: str | os.PathLike,
   key: str,
-  num_pairs: int,
+  shape: tuple[int, int],
   compute: Callable[[], np.ndarray],
   say: Callable[[str], None],
 ) -> np.ndarray:
-  """Returns f32[n,2] from the cache, computed and kept where it has none.
+  """Returns f32[n,C] from the cache, computed and kept where it has none.
 
   Every process must call this alike. The first one reads and writes, under a
   lock: of two runs on one machine or file system that need the same values
@@ -212,7 +220,7 @@ def cached_logps(
   Args:
     cache_dir: folder of all caches.
     key: of `cache_key`.
-    num_pairs: n.
+    shape: (n, C).
     compute: returns the values; called by all processes or by none.
     say: told in one line what was done.
   """
@@ -221,17 +229,17 @@ def cached_logps(
   with _locked(path, say) if is_writer else contextlib.nullcontext():
     found, problem = None, ""
     if is_writer and path.exists():
-      found, problem = _read(path, key, num_pairs)
+      found, problem = _read(path, key, shape)
     has_found = multihost_utils.broadcast_one_to_all(
       np.array(found is not None)
     )
     if has_found:
-      say(f"reference: log-probabilities of {num_pairs} pairs read from {path}")
+      say(f"reference: log-probabilities of {shape[0]} pairs read from {path}")
       if found is None:
-        found = np.zeros((num_pairs, 2), np.float32)
+        found = np.zeros(shape, np.float32)
       return np.asarray(multihost_utils.broadcast_one_to_all(found))
     why = f" ({path.name} was damaged: {problem})" if problem else ""
-    say(f"reference: computes log-probabilities of {num_pairs} pairs{why}")
+    say(f"reference: computes log-probabilities of {shape[0]} pairs{why}")
     logps = np.asarray(compute(), np.float32)
     if is_writer:
       _write(path, key, logps)
@@ -254,7 +262,7 @@ def _locked(path: pathlib.Path, say: Callable[[str], None]) -> Iterator[None]:
 
 
 def _read(
-  path: pathlib.Path, key: str, num_pairs: int
+  path: pathlib.Path, key: str, shape: tuple[int, int]
 ) -> tuple[np.ndarray | None, str]:
   """Returns the values of a cache, or None and why they are not to be used."""
   try:
@@ -262,7 +270,7 @@ def _read(
       logps, written = file["logps"], str(file["sha256"])
   except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
     return None, " ".join(str(error).split())
-  if logps.dtype != np.float32 or logps.shape != (num_pairs, 2):
+  if logps.dtype != np.float32 or logps.shape != shape:
     return None, f"it holds {logps.dtype}{list(logps.shape)}"
   if written != _checksum(key, logps):
     return None, "its checksum differs"

@@ -30,6 +30,8 @@ def device_batch(batch: Batch, batches: loader.Loader, mesh: Mesh) -> Batch:
     lengths=whole(batch.lengths),
     reference=jax.tree.map(whole, batch.reference),
     score_gaps=jax.tree.map(whole, batch.score_gaps),
+    mismatched=jax.tree.map(place, batch.mismatched),
+    num_mismatched=jax.tree.map(whole, batch.num_mismatched),
   )
 
 
@@ -42,9 +44,9 @@ def response_logps(
   *,
   chunk_length: int,
 ) -> np.ndarray:
-  """Returns f32[n,2], summed log-probabilities of chosen and rejected, nats.
+  """Returns f32[n,C], summed log-probabilities of each response, nats.
 
-  Every pair once, in file order; a demonstration's `rejected` has 0. The
+  Every pair once, in file order; an absent response has 0. The
   program is that of an evaluation, so rows, layouts and chunks are those of
   the step.
 

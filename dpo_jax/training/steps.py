@@ -32,8 +32,8 @@ LossState = dict[str, Array] | None  # f32[]  running means of a loss
 class PairScores:
   """What a pass over the rows yields for each pair of the batch."""
 
-  policy: Array  # f32[B,2]  summed log-probability, nats
-  reference: Array | None  # f32[B,2]
+  policy: Array  # f32[B,C]  summed log-probability, nats
+  reference: Array | None  # f32[B,C]
   log_weights: Array | None = None  # f32[B]  log of WPO's pair weight
 
 
@@ -47,12 +47,14 @@ class Scorer:
       its log-probabilities come with the batch if the loss needs them.
     objective: the loss with its modifiers.
     chunk_length: scored positions of a row that meet the vocabulary at once.
+    has_pairs: whether the data has prompts with two responses.
   """
 
   policy: model_config.ModelConfig
   reference: model_config.ModelConfig | None
   objective: objectives.Objective
   chunk_length: int
+  has_pairs: bool = True
 
   def scores(
     self,
@@ -70,12 +72,12 @@ class Scorer:
     if self.reference is not None:
       tokens = self._token_logps(self.reference, reference_params, rows)
       reference = jax.lax.stop_gradient(
-        logprobs.response_sums(tokens.logps * weights, rows, len(lengths))
+        logprobs.response_sums(tokens.logps * weights, rows, lengths.shape)
       )
     tokens = self._token_logps(
       self.policy, params, rows, self.objective.needs_log_sum_squares
     )
-    policy = logprobs.response_sums(tokens.logps * weights, rows, len(lengths))
+    policy = logprobs.response_sums(tokens.logps * weights, rows, lengths.shape)
     log_weights = None
     if self.objective.needs_log_sum_squares:
       log_weights = modifiers.wpo_log_weights(tokens, rows, lengths)
@@ -89,14 +91,15 @@ class Scorer:
     score_gaps: Array | None = None,
   ) -> Array:
     """Returns f[B], the loss of each pair."""
-    pairs = _pair_logps(scores, lengths, score_gaps)
+    pairs = self._pair_logps(scores, lengths, score_gaps)
     return self.objective.per_pair(pairs, scores.log_weights, loss_state)
 
   def next_loss_state(
     self, scores: PairScores, lengths: Array, loss_state: LossState
   ) -> LossState:
     """Returns the loss state after this batch."""
-    return self.objective.next_state(_pair_logps(scores, lengths), loss_state)
+    pairs = self._pair_logps(scores, lengths)
+    return self.objective.next_state(pairs, loss_state)
 
   def mean_loss(
     self,
@@ -106,7 +109,7 @@ class Scorer:
     here: Array | None = None,
   ) -> tuple[Array, Array]:
     """Returns the batch mean over the pairs that are `here`, and f[B]."""
-    valid = batch.lengths[:, 0] > 0
+    valid = jnp.any(self._of_responses(batch.lengths) > 0, axis=1)
     here = valid if here is None else valid & here
     losses = self.losses(scores, batch.lengths, loss_state, batch.score_gaps)
     losses = jnp.where(here, losses, 0)
@@ -116,13 +119,53 @@ class Scorer:
     self, scores: PairScores, losses: Array, lengths: Array
   ) -> dict[str, Array]:
     """Returns the means of losses, rewards and log-probabilities."""
-    return metrics_lib.preference_metrics(
+    reference = scores.reference
+    found = metrics_lib.preference_metrics(
       losses,
-      scores.policy,
-      scores.reference,
-      lengths,
+      self._of_responses(scores.policy),
+      None if reference is None else self._of_responses(reference),
+      self._of_responses(lengths),
       beta=self.objective.beta,
       has_rejected=self.objective.inputs != "demonstrations",
+      has_pairs=self.has_pairs,
+    )
+    mismatched = self._pair_logps(scores, lengths).mismatched_logratio
+    if mismatched is not None:
+      num_valid = jnp.sum(jnp.any(self._of_responses(lengths) > 0, axis=1))
+      found["kl"] = jnp.sum(mismatched) / num_valid
+    return found
+
+  def _of_responses(self, columns: Array) -> Array:
+    """Returns the columns of responses, without what else is scored."""
+    return columns[:, : columns.shape[1] - len(self.objective.extra_columns)]
+
+  def _pair_logps(
+    self, scores: PairScores, lengths: Array, score_gaps: Array | None = None
+  ) -> PairLogps:
+    counts = lengths.astype(scores.policy.dtype)
+    of_responses = self._of_responses(counts)
+    policy, reference = scores.policy, scores.reference
+    fields = {}
+    if "prompt" in self.objective.extra_columns:
+      fields["policy_prompt"] = policy[:, -1]
+      fields["prompt_lengths"] = counts[:, -1]
+    if reference is not None:
+      logratios = policy - reference
+      if "mismatched" in self.objective.extra_columns:
+        at = of_responses.shape[1]
+        fields["mismatched_logratio"] = logratios[:, at]
+      if self.objective.inputs == "ranked":
+        fields["ranked_logratios"] = self._of_responses(logratios)
+        fields["ranked_lengths"] = of_responses
+    return PairLogps(
+      policy_chosen=policy[:, 0],
+      policy_rejected=policy[:, 1],
+      reference_chosen=None if reference is None else reference[:, 0],
+      reference_rejected=None if reference is None else reference[:, 1],
+      chosen_lengths=counts[:, 0],
+      rejected_lengths=counts[:, 1],
+      score_gaps=score_gaps,
+      **fields,
     )
 
   def _token_logps(self, config, params, rows, with_log_sum_squares=False):
@@ -198,10 +241,11 @@ def make_score_step(
   """Returns `score(params, reference, batch) -> PairScores`, no gradient."""
 
   def score(params, reference, batch):
-    scores = _loop(
-      batch,
-      lambda rows: scorer.scores(params, reference, rows, batch.lengths),
-    )
+    body = lambda rows: scorer.scores(params, reference, rows, batch.lengths)
+    scores = _loop(batch.rows, batch.num_microbatches, body)
+    if batch.mismatched is not None:
+      others = _loop(batch.mismatched, batch.num_mismatched, body)
+      scores = jax.tree.map(jnp.add, scores, others)
     return _with_cached(scores, batch.reference)
 
   return score
@@ -214,60 +258,63 @@ def _with_cached(scores: PairScores, reference: Array | None) -> PairScores:
   return dataclasses.replace(scores, reference=reference)
 
 
-def _pair_logps(
-  scores: PairScores, lengths: Array, score_gaps: Array | None = None
-) -> PairLogps:
-  chosen, rejected = scores.policy[:, 0], scores.policy[:, 1]
-  reference = scores.reference
-  counts = lengths.astype(chosen.dtype)
-  return PairLogps(
-    policy_chosen=chosen,
-    policy_rejected=rejected,
-    reference_chosen=None if reference is None else reference[:, 0],
-    reference_rejected=None if reference is None else reference[:, 1],
-    chosen_lengths=counts[:, 0],
-    rejected_lengths=counts[:, 1],
-    score_gaps=score_gaps,
-  )
-
-
-def _loop(batch: Batch, body: Callable[[Rows], Any]) -> Any:
-  """Returns the sum of `body(rows)` over the microbatches that are filled."""
+def _loop(rows: Rows, count: Array, body: Callable[[Rows], Any]) -> Any:
+  """Returns the sum of `body` over the first `count` microbatches."""
   take = lambda i: jax.tree.map(
-    lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, keepdims=False),
-    batch.rows,
+    lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, keepdims=False), rows
   )
-  if len(batch.rows.tokens) == 1:
+  if len(rows.tokens) == 1:
     return body(take(0))
   zeros = jax.tree.map(
     lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(body, take(0))
   )
   return jax.lax.fori_loop(
     0,
-    batch.num_microbatches,
+    count,
     lambda i, total: jax.tree.map(jnp.add, total, body(take(i))),
     zeros,
   )
 
 
 def _pairwise_gradient(scorer, params, reference, batch, loss_state):
-  """Returns scores, losses f[B] and gradients in one pass over the rows."""
+  """Returns scores, losses f[B] and gradients in one pass over the rows.
+
+  Mismatched responses are scored before it; what they say is the same for
+  every microbatch.
+  """
+  shape = batch.lengths.shape
+  others = None
+  if batch.mismatched is not None:
+    others = _loop(
+      batch.mismatched,
+      batch.num_mismatched,
+      lambda rows: scorer.scores(params, reference, rows, batch.lengths),
+    )
 
   def loss_fn(params, rows):
-    scores = scorer.scores(params, reference, rows, batch.lengths)
-    here = _present(rows, len(batch.lengths))
+    own = scorer.scores(params, reference, rows, batch.lengths)
+    here = _present(rows, shape)
+    seen = own
+    if others is not None:
+      seen = jax.tree.map(jnp.add, own, jax.lax.stop_gradient(others))
     if batch.reference is not None:
       # As a traced reference has it: 0 for the pairs of other rows.
-      cached = jnp.where(here[:, None], batch.reference, 0)
-      scores = _with_cached(scores, cached)
-    loss, losses = scorer.mean_loss(scores, batch, loss_state, here)
-    return loss, (scores, losses)
+      is_seen = here[:, None]
+      if others is not None:
+        is_seen |= jnp.arange(shape[1]) == shape[1] - 1
+      cached = jnp.where(is_seen, batch.reference, 0)
+      seen = _with_cached(seen, cached)
+    loss, losses = scorer.mean_loss(seen, batch, loss_state, here)
+    return loss, (own, losses)
 
   def body(rows):
     (_, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, rows)
     return *aux, grads
 
-  return _loop(batch, body)
+  scores, losses, grads = _loop(batch.rows, batch.num_microbatches, body)
+  if others is not None:
+    scores = jax.tree.map(jnp.add, scores, others)
+  return _with_cached(scores, batch.reference), losses, grads
 
 
 def _coupled_gradient(scorer, params, reference, batch, loss_state):
@@ -294,10 +341,10 @@ def _coupled_gradient(scorer, params, reference, batch, loss_state):
 
     return jax.grad(weighted)(params)
 
-  return scores, losses, _loop(batch, body)
+  return scores, losses, _loop(batch.rows, batch.num_microbatches, body)
 
 
-def _present(rows: Rows, num_pairs: int) -> Array:
+def _present(rows: Rows, shape: tuple[int, int]) -> Array:
   """Returns bool[B]: the pairs that have a scored token in `rows`."""
   scored = (rows.response >= 0).astype(jnp.float32)
-  return jnp.any(logprobs.response_sums(scored, rows, num_pairs) > 0, axis=-1)
+  return jnp.any(logprobs.response_sums(scored, rows, shape) > 0, axis=-1)

@@ -53,7 +53,7 @@ def folders(tmp_path):
 def as_lists(tokens):
   return [
     [c.values[a:b].tolist() for a, b in zip(c.offsets, c.offsets[1:])]
-    for c in tokens[:3]
+    for c in (tokens.prompt, *tokens.responses)
   ]
 
 
@@ -73,7 +73,8 @@ def test_tables_of_several_sliced_chunks_read_as_one():
   lists = [[[10 * i + j] * (j + i % 3) for i in range(9)] for j in (1, 2, 3)]
   whole = dataset.TokenDataset.from_lists(*lists)
   kind = pa.list_(pa.int32())
-  table = pa.table([pa.array(x, kind) for x in lists], names=dataset.COLUMNS)
+  columns = [pa.array(x, kind) for x in lists]
+  table = pa.table(columns, names=["prompt", "chosen", "rejected"])
   parts = [table.slice(0, 2), table.slice(2, 4), table.slice(6)]
   tokens = dataset.TokenDataset(pa.concat_tables(parts), whole.report)
   order = np.array([8, 1, 4, 2, 6])
@@ -84,7 +85,7 @@ def test_tables_of_several_sliced_chunks_read_as_one():
 def test_tokens_are_read_in_place():
   values = np.arange(6, dtype=np.int32)
   lists = pa.ListArray.from_arrays(pa.array([0, 2, 6], pa.int32()), values)
-  table = pa.table([lists] * 3, names=dataset.COLUMNS)
+  table = pa.table([lists] * 3, names=["prompt", "chosen", "rejected"])
   tokens = dataset.TokenDataset(table, tokenize.Report())
   values[3] = 77
   assert tokens.take(np.array([1])).prompt.values.tolist() == [2, 77, 4, 5]
@@ -142,7 +143,7 @@ def test_damaged_cache_is_rebuilt_and_said(
   if damage == "cut":
     arrow.write_bytes(content[: len(content) // 2])
   elif damage == "flip":
-    content[content.index(tokens.chosen.values.tobytes())] ^= 1
+    content[content.index(tokens.responses[0].values.tobytes())] ^= 1
     arrow.write_bytes(content)
   elif damage == "lost":
     arrow.unlink()

@@ -32,7 +32,7 @@ def sequences(sizes):
   tokens = make_dataset(sizes).take(np.arange(len(sizes)))
   lists = [
     [column.values[a:b].tolist() for a, b in zip(o[:-1], o[1:])]
-    for column in tokens[:3]
+    for column in (tokens.prompt, *tokens.responses)
     for o in [column.offsets]
   ]
   for pair, (prompt, chosen, rejected) in enumerate(zip(*lists)):

@@ -28,7 +28,7 @@ def run(rows, tokenizer, inputs="pairs", max_length=99, max_prompt_length=50):
   )
   columns = [
     [tokenizer.decode(c.values[a:b]) for a, b in zip(c.offsets, c.offsets[1:])]
-    for c in tokens[:3]
+    for c in (tokens.prompt, *tokens.responses)
   ]
   return list(zip(*columns)), report
 
@@ -45,8 +45,8 @@ def test_prompt_and_response_are_tokenised_apart(shared_dir):
   )
   (hello, wor), (ld,) = tokenizer.encode("Hello wor"), tokenizer.encode("ld")
   assert tokens.prompt.values.tolist() == [hello, wor]
-  assert tokens.chosen.values.tolist() == [ld, 50256]
-  assert tokens.rejected.values.tolist() == [995, 50256]
+  assert tokens.responses[0].values.tolist() == [ld, 50256]
+  assert tokens.responses[1].values.tolist() == [995, 50256]
   assert tokens.prompt.values.dtype == np.int32
 
 
@@ -122,7 +122,9 @@ def test_lengths_never_pass_the_limits(tokenizer, rows, longest, prompt_limit):
     max_length=longest,
     max_prompt_length=prompt_limit,
   )
-  prompt, chosen, rejected = (np.diff(column.offsets) for column in tokens[:3])
+  prompt, chosen, rejected = (
+    np.diff(column.offsets) for column in (tokens.prompt, *tokens.responses)
+  )
   assert ((prompt >= 1) & (prompt <= prompt_limit)).all()
   for response in (chosen, rejected):
     assert ((response >= 1) & (prompt + response <= longest)).all()

@@ -89,7 +89,7 @@ def _evaluate(case, dtype):
   )
   objective = _objective(case)
   weights = objective.token_weights(rows, lengths)
-  sums = lambda x: logprobs.response_sums(x * weights, rows, len(lengths))
+  sums = lambda x: logprobs.response_sums(x * weights, rows, lengths.shape)
 
   def loss_fn(policy):
     chosen, rejected = sums(policy).T

@@ -253,9 +253,9 @@ def test_response_sums_add_each_response_and_drop_padding():
     response=np.array([[0, 0, 1, -1], [4, 5, 5, -1]], np.int32),
   )
   values = jnp.array([[1.0, 2.0, 4.0, 100.0], [8.0, 16.0, 32.0, 100.0]])
-  sums = logprobs.response_sums(values, rows, 3)
+  sums = logprobs.response_sums(values, rows, (3, 2))
   np.testing.assert_array_equal(sums, [[3, 4], [0, 0], [8, 48]])
-  total = lambda v: logprobs.response_sums(v, rows, 3).sum()
+  total = lambda v: logprobs.response_sums(v, rows, (3, 2)).sum()
   grads = jax.grad(total)(values)
   np.testing.assert_array_equal(grads, rows.response >= 0)
 
@@ -323,7 +323,9 @@ def test_no_buffer_holds_more_than_one_chunk_of_logits():
   def loss_fn(params, reference, hidden, rows):
     policy, reference = (
       logprobs.response_sums(
-        logprobs.token_logps(hidden, w, rows, chunk_length=chunk).logps, rows, 2
+        logprobs.token_logps(hidden, w, rows, chunk_length=chunk).logps,
+        rows,
+        (2, 2),
       )
       for w in (params, jax.lax.stop_gradient(reference))
     )

@@ -100,8 +100,8 @@ def test_ld_alpha_of_zero_equals_cutting_at_the_shorter_response():
     ROWS, response=np.where((RESPONSE == 1) & (RANK > 0), -1, RESPONSE)
   )
   np.testing.assert_allclose(
-    logprobs.response_sums(weighted, ROWS, 2),
-    logprobs.response_sums(values, cut, 2),
+    logprobs.response_sums(weighted, ROWS, (2, 2)),
+    logprobs.response_sums(values, cut, (2, 2)),
     rtol=1e-6,
   )
 

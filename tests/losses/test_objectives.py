@@ -195,6 +195,19 @@ def test_a_hyperparameter_out_of_range_is_refused(name, key, value, allowed):
   assert _line(name, values) == f"loss.{key}={value:g}: must be {allowed}"
 
 
+def test_a_list_is_no_pair():
+  ranked = objectives.make_objective("plackett_luce:1,sft:0.1", {"beta": 0.3})
+  assert ranked.inputs == "ranked"
+  message = _line("plackett_luce:1,dpo:1", {"beta": 0.3})
+  assert message == (
+    "loss.name='plackett_luce:1,dpo:1': a loss of ranked lists can be summed"
+    " with losses of demonstrations only"
+  )
+  labelled = {"beta": 0.3, "desirable_weight": 1, "undesirable_weight": 1}
+  both = objectives.make_objective("kto:1,dpo:1", labelled)
+  assert both.inputs == "pairs" and both.extra_columns == ("mismatched",)
+
+
 @pytest.mark.parametrize("value", [0, 1])
 def test_the_ends_of_the_range_are_allowed(value):
   objectives.make_objective("unlikelihood", {"alpha": value})
@@ -221,6 +234,7 @@ MODIFIERS = {
   "ld_alpha": dict(ld_alpha=0.5),
   "wpo": dict(wpo=True),
   "sft_weight": dict(sft_weight=0.1),
+  "prompt_nll": dict(prompt_nll=True),
 }
 
 
@@ -243,12 +257,12 @@ def test_the_table_of_what_is_honoured():
   assert honouring("f_divergence") == set(
     "dpo cdpo robust hinge ipo exo discopop dpo_norm".split()
   )
-  assert honouring("ld_alpha") == set(NAMES) - likelihoods
   assert honouring("sft_weight") == set(NAMES) - likelihoods
-  assert honouring("wpo") == set(NAMES) - likelihoods - {
-    "aot",
-    "aot_unpaired",
-  }
+  assert honouring("prompt_nll") == {"sft", "preferred_ft", "orpo"}
+  # These need two responses behind one prompt.
+  of_pairs = set(NAMES) - likelihoods - {"kto", "bco", "plackett_luce"}
+  assert honouring("ld_alpha") == of_pairs
+  assert honouring("wpo") == of_pairs - {"aot", "aot_unpaired"}
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,7 @@ def make_pairs(num_pairs=5, seed=0, dtype="float32"):
     chosen_lengths=jnp.asarray(rng.integers(1, 9, num_pairs), dtype),
     rejected_lengths=jnp.asarray(rng.integers(1, 9, num_pairs), dtype),
     score_gaps=jnp.linspace(0.1, 4.0, num_pairs, dtype=dtype),
+    mismatched_logratio=jnp.linspace(-0.2, 1.0, num_pairs, dtype=dtype),
   )
 
 
@@ -66,6 +67,7 @@ def pairs_of(u, v, reference=0.0):
     jnp.full_like(u, 2),
     jnp.full_like(u, 4),
     score_gaps=jnp.full_like(u, 2),
+    mismatched_logratio=jnp.full_like(u, 0.5),
   )
 
 
@@ -93,7 +95,8 @@ def log_odds(a):
 
 
 # One pair: u = 2, v = -1, so d = 3; nw = 2, nl = 4; beta 0.3, so z = 0.9. The
-# reference is at -10, so lw = -8, ll = -11 and aw = -4, al = -2.75.
+# reference is at -10, so lw = -8, ll = -11 and aw = -4, al = -2.75. Mismatched
+# responses have a log-ratio of 0.5.
 BY_HAND = {
   "dpo": -ls(0.9),
   "cdpo": -0.8 * ls(0.9) - 0.2 * ls(-0.9),
@@ -118,7 +121,9 @@ BY_HAND = {
   "cal_dpo": -ls(3) + (2 - 1 / 0.6) ** 2 + (-1 + 1 / 0.6) ** 2,
   "chi_po": -ls(0.3 * (math.exp(2) + 2 - math.exp(-1) + 1)),
   "beta_dpo": -ls(0.9 * (1 + 0.4 * 0.9)),
-  "bco": -1.5 * ls(0.6 - 0.15) - 0.5 * ls(0.15 + 0.3),
+  "bco": (-1.5 * ls(0.6 - 0.15) - 0.5 * ls(0.15 + 0.3)) / 2,
+  "kto": (1.5 * s(-0.45) + 0.5 * s(-0.45)) / 2,
+  "plackett_luce": -ls(0.9),
   "sft": 4,
   "sft_sum": 8,
   "preferred_ft": 4,
@@ -151,7 +156,9 @@ AT_REFERENCE = {
   "cal_dpo": LOG2 + 2 * (1 / 0.6) ** 2,
   "chi_po": LOG2,
   "beta_dpo": LOG2,
-  "bco": 2 * LOG2,
+  "bco": LOG2,
+  "kto": 0.5,
+  "plackett_luce": LOG2,
 }
 
 
@@ -174,6 +181,7 @@ def test_value_when_policy_equals_reference(name):
     pairs,
     policy_chosen=pairs.reference_chosen,
     policy_rejected=pairs.reference_rejected,
+    mismatched_logratio=jnp.zeros(5),
   )
   losses = per_pair_of(name)(pairs)
   np.testing.assert_allclose(losses, [AT_REFERENCE[name]] * 5, rtol=1e-5)
@@ -248,6 +256,7 @@ def test_only_losses_that_look_across_the_batch_do(name):
     chosen_lengths=pairs.chosen_lengths,
     rejected_lengths=pairs.rejected_lengths,
     score_gaps=pairs.score_gaps,
+    mismatched_logratio=pairs.mismatched_logratio,
   )
   per_pair = per_pair_of(name)
   others_kept = np.allclose(per_pair(pairs)[1:], per_pair(moved)[1:])
@@ -306,7 +315,9 @@ def test_aot_pairs_quantiles():
 def test_sft_mean_over_pairs_is_the_token_mean_however_pairs_are_split():
   pairs = make_pairs(6)
   pairs = dataclasses.replace(
-    pairs, chosen_lengths=pairs.chosen_lengths.at[5].set(0)
+    pairs,
+    chosen_lengths=pairs.chosen_lengths.at[5].set(0),
+    rejected_lengths=pairs.rejected_lengths.at[5].set(0),
   )
   tokens = pairs.chosen_lengths.sum()
   expected = -pairs.policy_chosen[:5].sum() / tokens

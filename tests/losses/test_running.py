@@ -64,25 +64,25 @@ def test_beta_dpo_with_alpha_zero_is_dpo():
 
 
 def test_bco_shift_is_the_mean_reward_of_all_batches():
-  # Rewards 1, -2 and 2, 0: their mean is 1/4. Then 0, 0: over two batches 1/8.
+  # Rewards 1, -2 and 2, 0: their mean is 1/4. Then 0, 0: of all six 1/6.
   first = pairs_of([2.0, 4.0, math.nan], [-4.0, 0.0, math.nan])
   losses = BCO.per_pair(first, state=zeros(BCO))
-  expected = [-ls(0.75) - ls(2.25), -ls(1.75) - ls(0.25)]
+  expected = [-(ls(0.75) + ls(2.25)) / 2, -(ls(1.75) + ls(0.25)) / 2]
   np.testing.assert_allclose(losses[:2], expected, rtol=1e-6)
   state = BCO.next_state(first, zeros(BCO))
   second = pairs_of([0.0], [0.0])
   losses = BCO.per_pair(second, state=state)
-  np.testing.assert_allclose(losses, [-ls(-1 / 8) - ls(1 / 8)], rtol=1e-6)
+  np.testing.assert_allclose(losses, [-(ls(-1 / 6) + ls(1 / 6)) / 2], rtol=1e-6)
   state = BCO.next_state(second, state)
-  np.testing.assert_allclose(state["mean_reward"], 1 / 8, rtol=1e-6)
-  assert state["num_batches"] == 2
+  np.testing.assert_allclose(state["mean_reward"], 1 / 6, rtol=1e-6)
+  assert state["num_responses"] == 6
 
 
-def test_bco_without_a_shift_is_bco_pair():
+def test_bco_without_a_shift_is_half_of_bco_pair():
   pairs = pairs_of([2.0], [-2.0])
   np.testing.assert_allclose(
     BCO.per_pair(pairs, state=zeros(BCO)),
-    preference.bco_pair(pairs, beta=0.5),
+    preference.bco_pair(pairs, beta=0.5) / 2,
     rtol=1e-6,
   )
 
@@ -103,7 +103,7 @@ def test_no_gradient_passes_through_a_mean():
     gradient(BETA_DPO, zeros(BETA_DPO)), [slope, 0], rtol=1e-6
   )
   # Rewards 1, 0, 0.5, -1.5: delta is 0.
-  slope = -0.5 / (1 + math.exp(1.0))
+  slope = -0.25 / (1 + math.exp(1.0))
   np.testing.assert_allclose(gradient(BCO, zeros(BCO)), [slope, 0], rtol=1e-6)
   for objective in (BETA_DPO, BCO):
     after = jax.grad(
@@ -131,7 +131,7 @@ def test_gradients_are_those_at_the_batch_s_beta_and_shift():
       delta = 0.25 / 6  # rewards of 1, 0.5, -0.25; 0, -1.5, 0.5
       desirable = jax.nn.log_sigmoid(0.5 * pairs.chosen_logratio - delta)
       undesirable = jax.nn.log_sigmoid(delta - 0.5 * pairs.rejected_logratio)
-      return -desirable - undesirable
+      return -(desirable + undesirable) / 2
 
     beta = 0.5 * (1 + 0.6 * (1 + 2 - 0.75) / 3)
     for objective, fixed in (

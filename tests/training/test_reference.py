@@ -13,7 +13,7 @@ import pytest
 from configs import quickstart
 from dpo_jax import experiment as experiment_lib
 from dpo_jax import sharding, trainer
-from dpo_jax.data import dataset
+from dpo_jax.data import dataset, loader
 from dpo_jax.losses import objectives
 from dpo_jax.models import config as model_config
 from dpo_jax.training import reference
@@ -156,7 +156,7 @@ def test_a_damaged_cache_is_computed_again(tmp_path):
   logps = np.arange(12, dtype=np.float32).reshape(6, 2)
   said = []
   load = lambda key="key", count=6: reference.cached_logps(
-    tmp_path, key, count, lambda: logps[:count], said.append
+    tmp_path, key, (count, 2), lambda: logps[:count], said.append
   )
   load()
   path = tmp_path / "reference_key.npz"
@@ -189,29 +189,33 @@ def _with_another_value(path: pathlib.Path) -> bytes:
 
 
 def test_the_key_is_of_tokens_weights_and_token_weights():
-  tokens = lambda last: dataset.TokenDataset.from_lists(
-    [[1, 2], [3]], [[4], [5]], [[6], [7, last]]
+  def make_key(
+    last=8, model=TINY, prints=(1,), objective=DPO, prompt=((1, 2), (3,)), **kw
+  ):
+    tokens = dataset.TokenDataset.from_lists(
+      prompt, [[4], [5]], [[6], [7, last]]
+    )
+    batches = loader.Loader(tokens, batch_size=2, **kw)
+    prints = dict(enumerate(prints))
+    return reference.cache_key(batches, model, prints, objective)
+
+  base = make_key()
+  assert make_key(objective=objectives.make_objective("ipo", {"beta": 3})) == (
+    base
   )
-  prints = {"embed": 1}
-  base = reference.cache_key(tokens(8), TINY, prints, DPO)
-  again = reference.cache_key(tokens(8), TINY, prints, DPO)
-  assert base == again
-  more_beta = objectives.make_objective("ipo", {"beta": 3.0})
-  assert reference.cache_key(tokens(8), TINY, prints, more_beta) == base
-  half = model_config.make_config("tiny", dtype="bfloat16")
-  other = objectives.make_objective("dpo", {"beta": 0.1}, ld_alpha=0.5)
-  moved = dataset.TokenDataset.from_lists(
-    [[1], [2, 3]], [[4], [5]], [[6], [7, 8]]
-  )
+  assert make_key(row_length=256, seed=1, layout="mirrored") == base
   keys = {
     base,
-    reference.cache_key(tokens(9), TINY, prints, DPO),
-    reference.cache_key(moved, TINY, prints, DPO),
-    reference.cache_key(tokens(8), TINY, {"embed": 2}, DPO),
-    reference.cache_key(tokens(8), half, prints, DPO),
-    reference.cache_key(tokens(8), TINY, prints, other),
+    make_key(last=9),
+    make_key(prompt=((1,), (2, 3))),
+    make_key(prints=(2,)),
+    make_key(model=model_config.make_config("tiny", dtype="bfloat16")),
+    make_key(
+      objective=objectives.make_objective("dpo", {"beta": 0.1}, ld_alpha=0.5)
+    ),
+    make_key(extra_columns=("mismatched",)),
   }
-  assert len(keys) == 6
+  assert len(keys) == 7
 
 
 def _compute_slowly(folder, begun):
@@ -224,7 +228,7 @@ def _compute_slowly(folder, begun):
     return np.ones((2, 2), np.float32)
 
   begun.wait()
-  logps = reference.cached_logps(folder, "key", 2, compute, print)
+  logps = reference.cached_logps(folder, "key", (2, 2), compute, print)
   assert (logps == 1).all()
 
 
