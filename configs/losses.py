@@ -2,9 +2,10 @@
 
 `get("ipo")` is what a config puts under `loss`. Starting points, to be swept:
 SPPO's eta of 1,000, EXO's label smoothing, DiscoPOP's tau, Tulu 3's
-length-normalised beta, Smaug's beta and lambda, and CPO's alpha are those
-works' own; beta is 0.1 where nothing else is known to be better. `mpo` is Wang
-et al. 2024 (arXiv 2411.10442).
+length-normalised beta, Smaug's beta and lambda, SimPO's beta and gamma (Llama
+3 Base), and CPO's and ODPO's alpha are those works' own; beta is 0.1 where
+nothing else is known to be better. `mpo` is Wang et al. 2024 (arXiv
+2411.10442).
 """
 
 import difflib

@@ -75,10 +75,10 @@ def plackett_luce(pairs: PairLogps, *, beta: Positive) -> Logps:
 def cdpo(
   pairs: PairLogps, *, beta: Positive, label_smoothing: FlipRate
 ) -> Logps:
-  """Returns -(1 - e) ls(z) - e ls(-z), conservative DPO.
+  """Returns -(1 - e) ls(z) - e ls(-z): conservative DPO.
 
-  Mitchell 2023, "A note on DPO with noisy preferences & relationship to IPO":
-  labels are taken to be wrong with probability e.
+  Mitchell 2023 (cDPO, https://ericmitchell.ai/cdpo.pdf), eq 3: labels are
+  taken to be wrong with probability e.
   """
   return registry.smoothed(beta * pairs.margin, label_smoothing)
 
@@ -134,7 +134,7 @@ def hinge(pairs: PairLogps, *, beta: Positive) -> Logps:
 @registry.register(honours=_OF_MARGIN)
 @typed
 def dpo_norm(pairs: PairLogps, *, beta: Positive) -> Logps:
-  """Returns -ls(beta (u / nw - v / nl)), length-normalised DPO.
+  """Returns -ls(beta (u / nw - v / nl)): length-normalised DPO.
 
   Lambert et al. 2024 (Tulu 3, arXiv 2411.15124), eq 6.
   """
@@ -232,12 +232,15 @@ def discopop(pairs: PairLogps, *, beta: Positive, tau: Positive) -> Logps:
 @registry.register(honours=_PAIRWISE)
 @typed
 def rdpo(pairs: PairLogps, *, beta: Positive, alpha: NotNegative) -> Logps:
-  """Returns -ls(z + alpha (nw - nl)), length-regularised DPO.
+  """Returns -ls(z + alpha (nw - nl)): length-regularised DPO.
 
-  Park et al. 2024 (R-DPO, arXiv 2403.19159): with a price of alpha on every
-  token the best policy's reward is beta log-ratio + alpha length, so a length
-  difference explains its part of a preference and the policy need not learn
-  it: the longer chosen is beside rejected, the smaller the gradient.
+  Park et al. 2024 (R-DPO, arXiv 2403.19159): with n the length, the policy
+  with the largest mean of r - alpha n - beta log-ratio is the reference times
+  exp((r - alpha n) / beta) over a constant. Solved for r, the rewards of a
+  pair differ by z + alpha (nw - nl), in the likelihood that DPO maximises. The
+  length difference explains its part of a preference: the longer chosen is
+  beside rejected, the smaller the gradient. Some public code subtracts the
+  term, which favours length.
 
   Args:
     pairs: log-probabilities and lengths.
@@ -251,7 +254,7 @@ def rdpo(pairs: PairLogps, *, beta: Positive, alpha: NotNegative) -> Logps:
 @registry.register(honours=_PAIRWISE)
 @typed
 def dpop(pairs: PairLogps, *, beta: Positive, lambda_: NotNegative) -> Logps:
-  """Returns -ls(beta (d - lambda max(0, rw - lw))), DPO-Positive.
+  """Returns -ls(beta (d - lambda max(0, rw - lw))): DPO-Positive.
 
   Pal et al. 2024 (Smaug, arXiv 2402.13228): a chosen response that
   becomes less likely than under the reference is penalised. lambda of 0 gives
@@ -268,6 +271,8 @@ def cal_dpo(pairs: PairLogps, *, beta: Positive) -> Logps:
 
   Xiao et al. 2024 (Cal-DPO, arXiv 2412.14516): log-ratios are tied to the
   scale of rewards of 1/2 and -1/2. beta stands in the targets alone.
+
+  Differs: its authors' code halves the squares; its config has beta 0.002.
   """
   return registry.smoothed(pairs.margin, 0.0) + sppo_hard(pairs, beta=beta)
 
@@ -281,7 +286,8 @@ def chi_po(pairs: PairLogps, *, beta: Positive, r_max: Positive) -> Logps:
   probability ratio t ties the policy to the reference by the chi^2 and the KL
   divergence together. A pair past the clip has no gradient, on either side.
 
-  Differs: exponents stop at 80, so that no score overflows.
+  Differs: exponents stop at 80, so that no score overflows; the paper's runs
+  stop them at 20.
 
   Args:
     pairs: log-probabilities.

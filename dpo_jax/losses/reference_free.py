@@ -35,7 +35,7 @@ _MIN_NLL = 1e-7
 )
 @typed
 def sft(pairs: PairLogps) -> Logps:
-  """Returns -lw times pairs over chosen tokens of the batch.
+  """Returns -lw (pairs of the batch) / (its chosen tokens).
 
   The mean over pairs is then the negative log-likelihood of a token.
   """
@@ -56,9 +56,9 @@ def sft_sum(pairs: PairLogps) -> Logps:
 )
 @typed
 def preferred_ft(pairs: PairLogps) -> Logps:
-  """Returns `sft`, whose demonstrations are the chosen responses of pairs.
+  """Returns -lw (pairs of the batch) / (its chosen tokens): `sft` of pairs.
 
-  Rafailov et al. 2023 (arXiv 2305.18290), sec 6, Preferred-FT.
+  Rafailov et al. 2023 (Preferred-FT, arXiv 2305.18290), sec 6.
   """
   return modifiers.chosen_nll(pairs)
 
@@ -68,8 +68,8 @@ def preferred_ft(pairs: PairLogps) -> Logps:
 def unlikelihood(pairs: PairLogps, *, alpha: UnitInterval) -> Logps:
   """Returns -lw + alpha ll.
 
-  Welleck et al. 2019 as Rafailov et al. 2023 (arXiv 2305.18290, app C.3) use
-  it: the rejected response is made less likely. Not bounded below.
+  Rafailov et al. 2023 (unlikelihood, arXiv 2305.18290), app C.3, after Welleck
+  et al. 2019: the rejected response is made less likely. Not bounded below.
   """
   return -pairs.policy_chosen + alpha * pairs.policy_rejected
 
@@ -97,10 +97,9 @@ def simpo(
 @registry.register(honours=_WITH_PROMPT, needs_reference=False)
 @typed
 def orpo(pairs: PairLogps, *, lambda_: NotNegative) -> Logps:
-  """Returns nll_w - lambda ls(o), the log-odds ratio of token means.
+  """Returns nll_w - lambda ls(o(aw) - o(al)), o(a) = a - log(1 - exp(a)).
 
-  Hong et al. 2024 (ORPO, arXiv 2403.07691), eq 6 and 7:
-  o = (aw - al) - (log(1 - exp(aw)) - log(1 - exp(al))).
+  Hong et al. 2024 (ORPO, arXiv 2403.07691), eq 6 and 7: o is the log-odds.
 
   Differs: nll_w is the mean over the response tokens of the whole batch;
   there each response is averaged first. TRL's mean covers prompt tokens as

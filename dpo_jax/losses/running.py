@@ -50,14 +50,16 @@ def beta_dpo(
   alpha: NotNegative,
   momentum: Fraction,
 ) -> Logps:
-  """Returns -ls(b d), b = beta (1 + alpha (M - M0)): one beta a batch.
+  """Returns -ls(b d), b = beta (1 + alpha (mean(z) - M0)): one beta a batch.
 
-  Wu et al. 2024 (beta-DPO, arXiv 2407.08639): M is the batch mean of the
-  reward margin beta d, and M0 its running mean; a batch whose pairs are told
-  apart easily is tied more closely to the reference.
+  Wu et al. 2024 (beta-DPO, arXiv 2407.08639): M0 is the running mean of the
+  batch means of the reward margin z; a batch whose pairs are told apart easily
+  is tied more closely to the reference.
 
   Differs: b is at least a hundredth of beta; pairs are not filtered, and M0
-  starts at 0, the margin of a policy that is its reference.
+  starts at 0, the margin of a policy that is its reference. Its authors' code
+  takes means of d, not of z, and counts this batch in M0 as well: its alpha of
+  0.6, at beta 0.1 and momentum 0.9, is 5.4 here.
 
   Args:
     pairs: log-probabilities of the whole batch.

@@ -354,6 +354,22 @@ def test_rdpo_discounts_a_longer_chosen():
   )
 
 
+def test_rdpo_reads_rewards_off_the_best_policy_under_a_price_on_length():
+  # Of three responses, the policy with the largest mean of
+  # reward - 0.1 length - 0.3 log-ratio.
+  rewards, lengths = jnp.array([2.0, -1.0, 0.5]), jnp.array([6.0, 2.0, 3.0])
+  reference = jnp.log(jnp.array([0.2, 0.5, 0.3]))
+  policy = jax.nn.log_softmax(reference + (rewards - 0.1 * lengths) / 0.3)
+  chosen, rejected = jnp.array([0, 2, 1]), jnp.array([1, 0, 2])
+  pairs = preference.PairLogps(
+    *(x[i] for x in (policy, reference) for i in (chosen, rejected)),
+    chosen_lengths=lengths[chosen],
+    rejected_lengths=lengths[rejected],
+  )
+  losses = preference.rdpo(pairs, beta=0.3, alpha=0.1)
+  np.testing.assert_allclose(losses, [-ls(3), -ls(-1.5), -ls(-1.5)], rtol=1e-5)
+
+
 def test_odpo_wants_a_margin_that_rises_with_the_score_difference():
   pairs = dataclasses.replace(
     pairs_of([2.0, 2.0, 2.0], [0.0, 0.0, 0.0]),
