@@ -1,0 +1,58 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from docs import losses
+
+LOSSES = losses.objectives.LOSSES
+
+
+def with_docstring(text):
+  def fn():
+    pass
+
+  fn.__doc__ = text
+  return dataclasses.replace(LOSSES["dpo"], fn=fn)
+
+
+def test_page_is_what_the_program_writes_now():
+  written = losses.PAGE.read_text()
+  assert written == losses.page(), "renew it: python -m docs.losses"
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_docstring_of_every_loss_has_a_formula_and_a_source(loss):
+  assert losses.formula(loss)
+  assert "https://" in losses.source(loss) or loss.inputs == "demonstrations"
+
+
+def test_formula_and_source_are_read_from_a_docstring():
+  loss = with_docstring("""Returns -ls(2 z), z = 0.5 d: half of a beta.
+
+  O'Neil et al. 2024 (X-PO, arXiv 2401.00001), eq 6 and B.7, at e = 0.
+  """)
+  assert losses.formula(loss) == "-ls(2 z), z = 0.5 d"
+  assert losses.source(loss) == (
+    "O'Neil et al. 2024, [X-PO](https://arxiv.org/abs/2401.00001), eq 6 and B.7"
+  )
+
+
+def test_docstrings_without_a_formula_or_a_source_are_refused():
+  with pytest.raises(ValueError, match="'dpo': must begin 'Returns"):
+    losses.formula(with_docstring("The loss -ls(z)."))
+  with pytest.raises(ValueError, match="'dpo': must cite its source"):
+    losses.source(with_docstring("Returns -ls(z). Rafailov, eq 7."))
+
+
+def test_weight_of_dpo_is_minus_beta_times_the_probability_of_a_mistake():
+  margins = np.linspace(-40, 40, 9)
+  expected = -0.1 / (1 + np.exp(0.1 * margins))
+  drawn = losses.weights(LOSSES["dpo"], margins)
+  np.testing.assert_allclose(drawn, expected, rtol=1e-5)
+
+
+def test_a_loss_of_inputs_that_no_margin_makes_is_listed_and_not_drawn():
+  ranked = dataclasses.replace(LOSSES["dpo"], inputs="ranked")
+  assert not losses.is_drawn(ranked)
+  assert "| ranked: not drawn |" in losses.row(ranked)
