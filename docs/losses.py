@@ -21,7 +21,7 @@ import numpy as np
 from matplotlib import figure
 
 from configs import losses as configs
-from dpo_jax.losses import objectives, registry
+from dpo_jax.losses import objectives, preference, registry
 
 PAGE = pathlib.Path(__file__).with_suffix(".md")
 MARGINS = np.linspace(-40, 40, 321)
@@ -61,7 +61,8 @@ How hard each loss pulls at a pair: its derivative by the margin d, negative
 where a step raises the margin. A batch is one pair with log-ratios u = d / 2
 and v = -d / 2. Either response has {LENGTH} tokens and a log-probability of
 {REFERENCE:g} under the reference, also where a loss does not read it; scores,
-where read, differ by {SCORE_GAP:g}. Running means are 0 before the batch.
+where read, differ by {SCORE_GAP:g}. Running means are 0 before the batch, and
+so is the log-ratio of mismatched responses.
 Hyper-parameters are those to start from. Vertical scales differ.
 """
 
@@ -74,8 +75,7 @@ def main() -> None:
 def page() -> str:
   """Returns docs/losses.md."""
   parts = [_HEAD]
-  losses = objectives.LOSSES.values()
-  for module, group in itertools.groupby(losses, lambda x: x.fn.__module__):
+  for module, group in itertools.groupby(_losses(), _module):
     title, _, text = inspect.getdoc(sys.modules[module]).partition("\n")
     parts.append(
       f"\n## {title.rstrip('.')}\n\n```text\n{text.strip()}\n```\n\n"
@@ -120,11 +120,8 @@ def source(loss: registry.Loss) -> str:
 
 
 def pair_of_margin(inputs: str, margin) -> registry.PairLogps | None:
-  """Returns a batch of one pair with this margin; None if `inputs` has none.
-
-  A loss of other inputs is not drawn until they are made here.
-  """
-  if inputs not in ("pairs", "scored_pairs"):
+  """Returns a batch of one pair with this margin; None if `inputs` has none."""
+  if inputs == "demonstrations":
     return None
   fixed = jnp.full(1, REFERENCE)
   length = jnp.full(1, float(LENGTH))
@@ -136,6 +133,7 @@ def pair_of_margin(inputs: str, margin) -> registry.PairLogps | None:
     chosen_lengths=length,
     rejected_lengths=length,
     score_gaps=jnp.full(1, SCORE_GAP),
+    mismatched_logratio=jnp.zeros(1),
   )
 
 
@@ -158,7 +156,7 @@ def weights(loss: registry.Loss, margins) -> np.ndarray:
 
 def draw(path: pathlib.Path) -> None:
   """Writes the figure: a small panel for each loss of pairs."""
-  drawn = [x for x in objectives.LOSSES.values() if is_drawn(x)]
+  drawn = [x for x in _losses() if is_drawn(x)]
   columns = 6
   rows = -(-len(drawn) // columns)
   fig = figure.Figure(figsize=(11, 1.45 * rows + 0.5), layout="constrained")
@@ -189,8 +187,6 @@ def row(loss: registry.Loss) -> str:
   reads = loss.inputs.replace("_", " ")
   if loss.inputs == "demonstrations":
     reads += ": a constant weight"
-  elif not is_drawn(loss):
-    reads += ": not drawn"
   cells = (
     f"`{loss.name}`",
     f"`{formula(loss)}`",
@@ -202,6 +198,16 @@ def row(loss: registry.Loss) -> str:
     ", ".join(f"`{x}`" for x in sorted(loss.honours)) or "-",
   )
   return f"| {' | '.join(cells)} |\n"
+
+
+def _losses() -> list[registry.Loss]:
+  """Returns all losses, module by module: symbols are explained before use."""
+  first = preference.__name__
+  return sorted(objectives.LOSSES.values(), key=lambda x: _module(x) != first)
+
+
+def _module(loss: registry.Loss) -> str:
+  return loss.fn.__module__
 
 
 def _words(loss: registry.Loss) -> str:

@@ -52,7 +52,7 @@ def test_weight_of_dpo_is_minus_beta_times_the_probability_of_a_mistake():
   np.testing.assert_allclose(drawn, expected, rtol=1e-5)
 
 
-def test_a_loss_of_inputs_that_no_margin_makes_is_listed_and_not_drawn():
-  ranked = dataclasses.replace(LOSSES["dpo"], inputs="ranked")
-  assert not losses.is_drawn(ranked)
-  assert "| ranked: not drawn |" in losses.row(ranked)
+def test_a_loss_of_demonstrations_is_listed_and_not_drawn():
+  assert not losses.is_drawn(LOSSES["sft"])
+  assert "| demonstrations: a constant weight |" in losses.row(LOSSES["sft"])
+  assert losses.page().index("| `dpo` |") < losses.page().index("| `kto` |")

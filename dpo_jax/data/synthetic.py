@@ -13,6 +13,7 @@ import random
 import re
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 import tokenizers
 import transformers
@@ -203,16 +204,17 @@ def vocabulary() -> list[str]:
   return sorted(written | set(STRENGTHS))
 
 
-def read(path: str, split: str) -> Iterator[dict[str, str]]:
+def read(path: str, split: str) -> Iterator[dict[str, Any]]:
   """Returns the rows of a split, the same ones every time.
 
   A row of `pairs`, two reviews with the same beginning:
 
       {"prompt": "the plot was",
        "chosen": " not bad , but we liked the music .",
-       "rejected": " rather dull . overall this was a mess ."}
+       "rejected": " rather dull . overall this was a mess .",
+       "chosen_score": 0.7549, "rejected_score": 0.1561}
 
-  The chosen one has the higher `true_reward` as a whole review; ties are
+  A score is the `true_reward` of the whole review, higher for chosen; ties are
   dropped. A row of `reviews` is one review, `prompt` and `response`. Prompts
   are 2 to 4 words. Train and test share no review.
 
@@ -255,7 +257,7 @@ def _reviews(rng: random.Random, split: str) -> Iterator[dict[str, str]]:
       yield {"prompt": prompt, "response": " " + response}
 
 
-def _pairs(rng: random.Random, split: str) -> Iterator[dict[str, str]]:
+def _pairs(rng: random.Random, split: str) -> Iterator[dict[str, Any]]:
   """Yields pairs: each review meets the next one with the same prompt."""
   waiting: dict[str, str] = {}
   for row in _reviews(rng, split):
@@ -264,11 +266,18 @@ def _pairs(rng: random.Random, split: str) -> Iterator[dict[str, str]]:
     if other is None:
       waiting[prompt] = response
       continue
-    reward, other_reward = map(true_reward, (prompt + response, prompt + other))
-    if reward > other_reward:
-      yield {"prompt": prompt, "chosen": response, "rejected": other}
-    elif reward < other_reward:
-      yield {"prompt": prompt, "chosen": other, "rejected": response}
+    (high, chosen), (low, rejected) = sorted(
+      ((true_reward(prompt + text), text) for text in (response, other)),
+      reverse=True,
+    )
+    if high > low:
+      yield {
+        "prompt": prompt,
+        "chosen": chosen,
+        "rejected": rejected,
+        "chosen_score": high,
+        "rejected_score": low,
+      }
 
 
 def _write(rng: random.Random, opinion: float) -> list[str]:

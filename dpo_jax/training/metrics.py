@@ -30,8 +30,9 @@ def preference_metrics(
   Returns:
     Scalars. A reward is beta * (policy - reference), whatever the loss; an
     accuracy counts a pair as right when chosen is above rejected. Of a list,
-    `rejected` is the last response, and every two responses are a pair. A
-    mean over nothing is 0.
+    `rejected` is the last response, and every two responses are a pair.
+    Without pairs the margin is that of the two means, and there is no
+    accuracy. A mean over nothing is 0.
   """
   present = lengths > 0
   last = jnp.maximum(jnp.sum(present[:, 1:], axis=1), 1)[:, None]
@@ -54,6 +55,9 @@ def preference_metrics(
       both = jnp.triu(present[:, :, None] & present[:, None, :], k=1)
       metrics["rewards/margins"] = _mean(margins, both)
       metrics["rewards/accuracies"] = _mean(margins > 0, both)
+    elif has_rejected:
+      margin = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+      metrics["rewards/margins"] = margin
   return metrics
 
 

@@ -301,7 +301,7 @@ def _pairwise_gradient(scorer, params, reference, batch, loss_state):
       # As a traced reference has it: 0 for the pairs of other rows.
       is_seen = here[:, None]
       if others is not None:
-        is_seen |= jnp.arange(shape[1]) == shape[1] - 1
+        is_seen |= (jnp.arange(shape[1]) == shape[1] - 1)[None]
       cached = jnp.where(is_seen, batch.reference, 0)
       seen = _with_cached(seen, cached)
     loss, losses = scorer.mean_loss(seen, batch, loss_state, here)

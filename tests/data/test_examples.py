@@ -191,3 +191,74 @@ def test_a_score_that_is_no_number_is_refused(scores, message, read):
   with pytest.raises(ValueError) as error:
     read(row, inputs="scored_pairs")
   assert message in str(error.value)
+
+
+GOOD_RESPONSE = {"prompt": "p", "response": "r", "label": True}
+
+
+def test_a_labelled_response_is_desirable_or_not_and_a_pair_stays_one(read):
+  rows = [GOOD_RESPONSE | {"label": label} for label in (True, False, 1, 0.0)]
+  assert read(*rows, GOOD_PAIR, inputs="labelled") == [
+    GOOD_RESPONSE,
+    GOOD_RESPONSE | {"label": False},
+    GOOD_RESPONSE,
+    GOOD_RESPONSE | {"label": False},
+    *read(GOOD_PAIR),
+  ]
+
+
+@pytest.mark.parametrize(
+  "row, message",
+  [
+    (
+      {"prompt": "p", "response": "r"},
+      "no column 'label'; columns: prompt, response; allowed: prompt, response"
+      " and label, or chosen and rejected",
+    ),
+    (GOOD_RESPONSE | {"label": "yes"}, "'label' is a string"),
+    (GOOD_RESPONSE | {"label": 2}, "'label' is int .2.; allowed: true, false"),
+    ({"prompt": "p", "label": True}, "no column 'response'"),
+    ({"text": "t", "label": True}, "no column 'prompt'"),
+  ],
+)
+def test_a_wrong_label_is_refused(row, message, read):
+  with pytest.raises(ValueError, match=f"pairs.jsonl, line 2: .*{message}"):
+    read(GOOD_RESPONSE, row, inputs="labelled")
+
+
+def test_a_ranked_list_keeps_its_order_and_a_pair_is_one_of_two(read):
+  rows = [
+    {"prompt": "p", "responses": ["a", "b", "c"]},
+    {"prompt": [USER], "responses": ["a", "b"]},
+    {"prompt": "p", "responses": [[GOOD], [OTHER]]},
+    {"prompt": "p", "chosen": "c", "rejected": "r"},
+  ]
+  said = lambda text: [{"role": "assistant", "content": text}]
+  assert read(*rows, inputs="ranked") == [
+    {"prompt": "p", "responses": ["a", "b", "c"]},
+    {"prompt": [USER], "responses": [said("a"), said("b")]},
+    {
+      "prompt": [{"role": "user", "content": "p"}],
+      "responses": [[GOOD], [OTHER]],
+    },
+    {"prompt": "p", "responses": ["c", "r"]},
+  ]
+
+
+@pytest.mark.parametrize(
+  "row, message",
+  [
+    ({"prompt": "p"}, "'responses' is null .*two responses or more, the best"),
+    ({"prompt": "p", "responses": ["a"]}, "'responses' is a list"),
+    ({"prompt": "p", "responses": "ab"}, "'responses' is a string"),
+    ({"prompt": "p", "responses": ["a", 1]}, "'response' is int"),
+    (
+      {"prompt": "p", "responses": ["a", [GOOD]]},
+      "'responses' has strings and messages",
+    ),
+    ({"responses": ["a", "b"]}, "no column 'prompt'"),
+  ],
+)
+def test_a_wrong_list_is_refused(row, message, read):
+  with pytest.raises(ValueError, match=f"pairs.jsonl, line 1: .*{message}"):
+    read(row, inputs="ranked")

@@ -10,7 +10,20 @@ from hypothesis import strategies as st
 
 from dpo_jax.data import dataset, loader, packing
 
-SIZES = st.tuples(st.integers(1, 6), st.integers(1, 6), st.integers(0, 6))
+RESPONSE = st.integers(0, 6)
+# Pairs, demonstrations, and responses that are labelled undesirable.
+SIZES = st.tuples(st.integers(1, 6), RESPONSE, RESPONSE).filter(
+  lambda sizes: any(sizes[1:])
+)
+LISTS = st.integers(2, 5).flatmap(
+  lambda count: st.lists(
+    st.tuples(st.integers(1, 6), *[RESPONSE] * count).filter(
+      lambda sizes: any(sizes[1:])
+    ),
+    min_size=1,
+    max_size=8,
+  )
+)
 PAIR_SIZES = st.tuples(*[st.integers(1, 6)] * 3)
 
 
@@ -18,11 +31,13 @@ def make_dataset(sizes):
   """Returns the dataset of these lengths whose tokens all differ."""
   bounds = np.cumsum([0, *np.ravel(sizes)]) + 1
   lists = [list(range(a, b)) for a, b in zip(bounds[:-1], bounds[1:])]
-  return dataset.TokenDataset.from_lists(lists[::3], lists[1::3], lists[2::3])
+  width = len(sizes[0])
+  columns = [lists[first::width] for first in range(width)]
+  return dataset.TokenDataset.from_lists(*columns)
 
 
 def make_batch(sizes, **kwargs):
-  kwargs = {"row_length": 24, "microbatch_rows": 2, "shuffle": False} | kwargs
+  kwargs = {"row_length": 56, "microbatch_rows": 2, "shuffle": False} | kwargs
   tokens = make_dataset(sizes)
   return loader.Loader(tokens, batch_size=len(sizes), **kwargs).batch(0)
 
@@ -35,10 +50,10 @@ def sequences(sizes):
     for column in (tokens.prompt, *tokens.responses)
     for o in [column.offsets]
   ]
-  for pair, (prompt, chosen, rejected) in enumerate(zip(*lists)):
-    yield 2 * pair, prompt, chosen
-    if rejected:
-      yield 2 * pair + 1, prompt, rejected
+  for pair, (prompt, *responses) in enumerate(zip(*lists)):
+    for column, response in enumerate(responses):
+      if response:
+        yield len(responses) * pair + column, prompt, response
 
 
 def filled(batch):
@@ -112,28 +127,93 @@ def test_mirrored_rows_hold_every_token_once(sizes):
   assert sorted(found) == list(range(1, int(np.sum(sizes)) + 1))
 
 
-@pytest.mark.parametrize("layout", packing.LAYOUTS)
-@hypothesis.given(sizes=st.lists(PAIR_SIZES, min_size=1, max_size=12))
-def test_every_query_sees_its_own_past_and_no_more(layout, sizes):
-  expected = set()
-  for _, prompt, response in sequences(sizes):
+def assert_queries_and_scores(sizes, layout):
+  """Every query sees its own past; every response token is scored once."""
+  seen, scored = set(), []
+  for number, prompt, response in sequences(sizes):
     sequence = prompt + response
     for position, token in enumerate(sequence):
-      expected.add((token, position, frozenset(sequence[: position + 1])))
-  assert set(queries(make_batch(sizes, layout=layout))) == expected
+      seen.add((token, position, frozenset(sequence[: position + 1])))
+    before = [prompt[-1], *response[:-1]]
+    for rank, (token, previous) in enumerate(zip(response, before)):
+      scored.append((number, rank, token, previous))
+  batch = make_batch(sizes, layout=layout)
+  assert set(queries(batch)) == seen
+  assert sorted(scores(batch)) == sorted(scored)
+  assert batch.lengths.sum() == len(scored)
 
 
 @pytest.mark.parametrize("layout", packing.LAYOUTS)
 @hypothesis.given(sizes=st.lists(SIZES, min_size=1, max_size=12))
-def test_every_response_token_is_scored_once_from_the_one_before(layout, sizes):
-  expected = []
-  for number, prompt, response in sequences(sizes):
-    before = [prompt[-1], *response[:-1]]
-    for rank, (token, previous) in enumerate(zip(response, before)):
-      expected.append((number, rank, token, previous))
-  batch = make_batch(sizes, layout=layout)
-  assert sorted(scores(batch)) == sorted(expected)
-  assert batch.lengths.sum() == len(expected)
+def test_responses_see_their_past_and_are_scored_once(layout, sizes):
+  assert_queries_and_scores(sizes, layout)
+
+
+@hypothesis.given(LISTS)
+def test_so_do_those_of_lists_which_stand_in_one_row(sizes):
+  assert_queries_and_scores(sizes, "mirrored")
+  response = filled(make_batch(sizes))["response"]
+  for pair in range(len(sizes)):
+    rows, _ = np.nonzero(response // (len(sizes[0]) - 1) == pair)
+    assert len({*rows}) == 1
+
+
+def test_padded_holds_no_lists():
+  with pytest.raises(ValueError, match="lists of 3 responses, it holds pairs"):
+    make_batch([(1, 2, 3, 4)], layout="padded")
+
+
+@pytest.mark.parametrize("layout", packing.LAYOUTS)
+@hypothesis.given(sizes=st.lists(PAIR_SIZES, min_size=1, max_size=12))
+def test_a_prompt_is_scored_once_a_pair_from_its_second_token(layout, sizes):
+  batch = make_batch(sizes, layout=layout, extra_columns=("prompt",))
+  tokens = make_dataset(sizes).take(np.arange(len(sizes))).prompt
+  expected = [
+    (3 * pair + 2, rank, token, before)
+    for pair, prompt in enumerate(np.split(tokens.values, tokens.offsets[1:-1]))
+    for rank, (before, token) in enumerate(zip(prompt[:-1], prompt[1:]))
+  ]
+  found = [entry for entry in scores(batch) if entry[0] % 3 == 2]
+  assert sorted(found) == sorted(expected)
+  assert batch.lengths[:, 2].sum() == len(expected)
+  assert batch.lengths[:, :2].tolist() == [list(x[1:]) for x in sizes]
+
+
+def test_mismatched_responses_stand_behind_other_prompts():
+  # Prompts 1, 5, 9, 13; of pairs, chosen and rejected are taken in turns, of
+  # a lone response that one. The longest sequence has 3 tokens.
+  tokens = dataset.TokenDataset.from_lists(
+    [[1], [5, 6], [9], [13]],
+    [[2], [7], [], [14]],
+    [[3, 4], [8], [10, 11], [15]],
+  )
+  batches = loader.Loader(
+    tokens, batch_size=4, shuffle=False, extra_columns=("mismatched",)
+  )
+  batch = batches.batch(0)
+  assert batch.lengths.tolist() == [[1, 2, 2], [1, 1, 1], [0, 2, 1], [1, 1, 1]]
+  rows = {
+    field.name: getattr(batch.mismatched, field.name)[: batch.num_mismatched]
+    for field in _fields(batch.mismatched)
+  }
+  is_scored = rows["response"] >= 0
+  found = zip(rows["response"][is_scored], rows["targets"][is_scored])
+  assert sorted(found) == [(2, 10), (2, 11), (5, 15), (8, 2), (11, 8)]
+  assert sorted(rows["tokens"][rows["key_end"] > 0]) == sorted(
+    [1, 10, 11, 5, 6, 15, 9, 2, 13, 8]
+  )
+  assert not np.isin(batch.rows.response, [2, 5, 8, 11]).any()
+  assert batches.num_tokens(0) == (4 + 4 + 3 + 3) + 10
+
+
+def test_a_mismatched_response_is_cut_to_the_longest_sequence():
+  tokens = dataset.TokenDataset.from_lists(
+    [[1, 1, 1, 1], [2]], [[3], [4, 5, 6, 7]], [[], []]
+  )
+  batch = loader.Loader(
+    tokens, batch_size=2, shuffle=False, extra_columns=("mismatched",)
+  ).batch(0)
+  assert batch.lengths.tolist() == [[1, 0, 1], [4, 0, 1]]
 
 
 @hypothesis.given(st.lists(SIZES, min_size=1, max_size=12))

@@ -89,6 +89,8 @@ def test_the_chosen_review_has_the_higher_reward():
       for side in ("chosen", "rejected")
     )
     assert chosen > rejected
+    assert row["chosen_score"] == chosen
+    assert row["rejected_score"] == rejected
 
 
 def test_rows_are_the_same_every_time_and_a_smaller_number_is_a_beginning():

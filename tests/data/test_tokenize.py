@@ -134,6 +134,32 @@ def test_lengths_never_pass_the_limits(tokenizer, rows, longest, prompt_limit):
   assert tuple(report.tokens.values()) == totals
 
 
+def test_every_response_has_the_column_of_its_class_or_rank(tokenizer):
+  settings = dict(max_length=9, max_prompt_length=9)
+  rows = [
+    {"prompt": "p", "response": "good", "label": True},
+    {"prompt": "p", "response": "bad", "label": False},
+    pair("p", "c", "r"),
+  ]
+  tokens, report = tokenize.tokenize(
+    rows, tokenizer, inputs="labelled", **settings
+  )
+  lengths = [np.diff(x.offsets).tolist() for x in tokens.responses]
+  assert lengths == [[5, 0, 2], [0, 4, 2]]
+  assert report.tokens == {"prompt": 3, "desirable": 7, "undesirable": 6}
+  rows = [
+    {"prompt": "p", "responses": responses}
+    for responses in (["a", "b"], ["aa", "b", "c", "a"], ["a", "b", "a"])
+  ]
+  tokens, report = tokenize.tokenize(
+    rows, tokenizer, inputs="ranked", **settings
+  )
+  lengths = [np.diff(x.offsets).tolist() for x in tokens.responses]
+  assert lengths == [[2, 3, 2], [2, 2, 2], [0, 2, 2], [0, 2, 0]]
+  assert report.tokens == {"prompt": 3, "responses": 19}
+  assert report.identical == 1
+
+
 def test_chunks_change_nothing(tokenizer, monkeypatch):
   rows = [pair("p" * n, "c" * (n % 7), "r" * (n % 5)) for n in range(20)]
   whole = run(rows, tokenizer, max_length=9)

@@ -109,19 +109,22 @@ def test_cpo_and_slic_see_sums_and_a_mean_of_tokens():
 @pytest.mark.parametrize("number", range(len(GOLDEN["cases"])))
 def test_trl_is_met(number, dtype):
   case = dict(GOLDEN["cases"][number])
-  expected = {
-    key: case.pop(key) for key in ("loss", "grad_chosen", "grad_rejected")
-  }
-  objective = objectives.make_objective(case.pop("name"), case)
+  loss_key, *sides = ("loss", "chosen", "rejected")
+  prompt_nll = case.pop("prompt_nll", False)
+  sides += ["prompt"] * prompt_nll
+  expected = [case.pop(loss_key), *(case.pop(f"grad_{side}") for side in sides)]
+  objective = objectives.make_objective(
+    case.pop("name"), case, prompt_nll=prompt_nll
+  )
   x64 = dtype == "float64"
   rtol = 1e-6 if x64 else 1e-4
   with jax.enable_x64(True) if x64 else contextlib.nullcontext():
-    chosen, rejected = (
+    policy = [
       [jnp.asarray(tokens, dtype) for tokens in GOLDEN[f"policy_{side}"]]
-      for side in ("chosen", "rejected")
-    )
+      for side in sides
+    ]
 
-    def loss_fn(chosen, rejected):
+    def loss_fn(chosen, rejected, prompt=None):
       sums = lambda side: jnp.stack([tokens.sum() for tokens in side])
       lengths = lambda side: jnp.asarray([len(x) for x in side], dtype)
       pairs = registry.PairLogps(
@@ -131,12 +134,18 @@ def test_trl_is_met(number, dtype):
         None,
         lengths(chosen),
         lengths(rejected),
+        policy_prompt=prompt and sums(prompt),
+        prompt_lengths=prompt and lengths(prompt),
       )
       return objective.per_pair(pairs).mean()
 
-    loss, grads = jax.value_and_grad(loss_fn, (0, 1))(chosen, rejected)
+    loss, grads = jax.value_and_grad(loss_fn, tuple(range(len(sides))))(*policy)
     assert loss.dtype == dtype
-  np.testing.assert_allclose(loss, expected["loss"], rtol=rtol, err_msg=RENEW)
-  for ours, side in zip(grads, ("chosen", "rejected")):
-    for tokens, theirs in zip(ours, expected[f"grad_{side}"], strict=True):
-      np.testing.assert_allclose(tokens, theirs, rtol=rtol, err_msg=RENEW)
+  np.testing.assert_allclose(loss, expected[0], rtol=rtol, err_msg=RENEW)
+  jax.tree.map(
+    lambda ours, theirs: np.testing.assert_allclose(
+      ours, theirs, rtol=rtol, err_msg=RENEW
+    ),
+    list(grads),
+    [[np.array(tokens) for tokens in side] for side in expected[1:]],
+  )

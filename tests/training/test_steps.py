@@ -36,6 +36,21 @@ def _tokens(swap=False):
   return dataset.TokenDataset.from_lists(prompt, chosen, rejected)
 
 
+def _labelled():
+  """Returns lone responses, desirable and undesirable in turns of two."""
+  lists = _tokens().take(np.arange(NUM_PAIRS))
+  prompt, chosen, rejected = (
+    np.split(column.values, column.offsets[1:-1])
+    for column in (lists.prompt, *lists.responses)
+  )
+  kept = lambda column, wanted: [
+    x if i // 2 % 2 == wanted else [] for i, x in enumerate(column)
+  ]
+  return dataset.TokenDataset.from_lists(
+    prompt, kept(chosen, 0), kept(rejected, 1)
+  )
+
+
 def _objective(name, **modifiers):
   parameters = {
     "beta": 0.5,
@@ -71,14 +86,24 @@ def _run(
   )
   rows = settings.pop("microbatch_rows", sharding.num_row_shards(mesh))
   batches = loader.Loader(
-    data or _tokens(), batch_size=8, microbatch_rows=rows, **settings
+    data or _tokens(),
+    batch_size=8,
+    microbatch_rows=rows,
+    extra_columns=objective.extra_columns,
+    **settings,
   )
   rate = optimizers.make_schedule(
     learning_rate, schedule="constant", warmup_steps=0, total_steps=9
   )
   optimizer = optimizers.make_optimizer("adamw", rate, clip=0.0)
   reference = config if objective.needs_reference else None
-  scorer = steps.Scorer(config, reference, objective, chunk_length=16)
+  scorer = steps.Scorer(
+    config,
+    reference,
+    objective,
+    chunk_length=16,
+    has_pairs=batches.has_pairs,
+  )
   layouts = sharding.array_shardings(
     mesh, transformer.logical_axes(config), transformer.param_shapes(config)
   )
@@ -142,6 +167,7 @@ def test_swapping_chosen_and_rejected_negates_the_margin():
     "dpo",
     "sft",
     "aot",
+    "kto",
     *map(_slow, ("unlikelihood", "orpo", "beta_dpo", "bco")),
   ],
 )
@@ -151,7 +177,7 @@ def test_the_split_into_microbatches_changes_no_number(name):
   _assert_same(four, one)
 
 
-@pytest.mark.parametrize("name", ["dpo", _slow("apo_zero")])
+@pytest.mark.parametrize("name", ["dpo", *map(_slow, ("apo_zero", "kto"))])
 def test_packed_equals_padded(name):
   packed, _ = _run(_objective(name))
   padded, _ = _run(_objective(name), layout="padded", microbatch_rows=4)
@@ -204,6 +230,130 @@ def test_a_coupled_loss_has_the_gradient_of_its_definition():
   )
 
 
+@pytest.mark.parametrize("data", [_tokens, _labelled])
+def test_kto_has_the_gradient_of_its_definition(data):
+  """Scored beforehand, mismatched responses give what all at once give."""
+  scorer = steps.Scorer(CONFIG, CONFIG, _objective("kto"), chunk_length=16)
+  make_batch = lambda rows: loader.Loader(
+    data(), batch_size=8, microbatch_rows=rows, extra_columns=("mismatched",)
+  ).batch(0)
+  keys = jax.random.split(jax.random.key(1))
+  policy, reference = (transformer.init_params(CONFIG, key) for key in keys)
+  # Log-probabilities of the reference, lower by 40: K is above 0.
+  whole = make_batch(16)
+  score = jax.jit(steps.make_score_step(scorer))
+  shifted = score(policy, reference, whole).reference - 40 / 3
+
+  def direct(params):
+    ratio = score(params, reference, whole).policy - shifted
+    kl = jax.lax.stop_gradient(ratio[:, 2].mean())
+    desirable = jax.nn.sigmoid(0.5 * (kl - ratio[:, 0]))
+    undesirable = 0.5 * jax.nn.sigmoid(0.5 * (ratio[:, 1] - kl))
+    present = whole.lengths[:, :2] > 0
+    losses = present * jnp.stack([desirable, undesirable], 1)
+    return jnp.mean(losses.sum(1) / present.sum(1)), kl
+
+  (loss, kl), expected = jax.value_and_grad(direct, has_aux=True)(policy)
+  assert kl > 1
+  cached = dataclasses.replace(make_batch(2), reference=shifted)
+  scorer = dataclasses.replace(scorer, reference=None)
+  scores, losses, got = jax.jit(
+    functools.partial(steps._pairwise_gradient, scorer)
+  )(policy, None, cached, None)
+  assert float(losses.mean()) == pytest.approx(float(loss), rel=1e-5)
+  metrics = scorer.metrics(scores, losses, cached.lengths)
+  assert float(metrics["kl"]) == pytest.approx(float(kl), rel=1e-4)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
+    got,
+    expected,
+  )
+
+
+def test_kto_of_lone_responses_reports_no_pairs():
+  (first, second), _ = _run(_objective("kto"), data=_labelled(), shuffle=False)
+  # The policy is its reference: (1 + 0.5) / 2 of s(0), for half of each kind.
+  assert first["loss"] == pytest.approx(0.375)
+  assert first["kl"] == pytest.approx(0, abs=1e-4)
+  assert second["loss"] != first["loss"]
+  assert "rewards/accuracies" not in first
+
+
+def test_a_list_of_two_is_a_pair():
+  ranked, _ = _run(_objective("plackett_luce"))
+  pairs, _ = _run(_objective("dpo"))
+  _assert_same(ranked, pairs)
+
+
+def test_a_list_scores_each_response_as_if_it_stood_alone():
+  rng = np.random.default_rng(0)
+  lists = [
+    [rng.integers(1, 512, size=n).tolist() for n in rng.integers(3, 9, size=6)]
+    for _ in range(5)
+  ]
+  prompt, *responses = lists
+  responses[3][2] = []  # a list of three
+  data = dataset.TokenDataset.from_lists(prompt, *responses)
+  objective = _objective("plackett_luce")
+  scorer = steps.Scorer(CONFIG, CONFIG, objective, chunk_length=16)
+  score = jax.jit(steps.make_score_step(scorer))
+  policy, reference = (
+    transformer.init_params(CONFIG, jax.random.key(seed)) for seed in (1, 2)
+  )
+  batch = loader.Loader(data, batch_size=6, shuffle=False).batch(0)
+  scores = score(policy, reference, batch)
+  for column, response in enumerate(responses):
+    alone = dataset.TokenDataset.from_lists(
+      prompt, response, [[1] for _ in prompt]
+    )
+    batch_alone = loader.Loader(alone, batch_size=6, shuffle=False).batch(0)
+    expected = score(policy, reference, batch_alone).policy[:, 0]
+    present = batch.lengths[:, column] > 0
+    np.testing.assert_allclose(
+      scores.policy[present, column], expected[present], rtol=1e-4
+    )
+  # Ranks by hand: the best of all, the best of the rest, ...
+  z = np.array(0.5 * (scores.policy - scores.reference), np.float64)
+  expected = [
+    sum(np.log(np.exp(row[k:count]).sum()) - row[k] for k in range(count))
+    for row, count in zip(z, (batch.lengths > 0).sum(1))
+  ]
+  losses = scorer.losses(scores, batch.lengths)
+  np.testing.assert_allclose(losses, expected, rtol=1e-4)
+  metrics = scorer.metrics(scores, losses, batch.lengths)
+  ordered = [
+    row[j] > row[k]
+    for row, count in zip(z, (batch.lengths > 0).sum(1))
+    for j in range(count)
+    for k in range(j + 1, count)
+  ]
+  accuracy = float(metrics["rewards/accuracies"])
+  assert accuracy == pytest.approx(np.mean(ordered))
+
+
+def test_a_likelihood_over_prompts_is_that_of_whole_sequences():
+  data = _tokens()
+  prompts = loader.epoch_order(0, 0, NUM_PAIRS)[:8]
+  tokens = data.take(prompts)
+  whole = [
+    np.concatenate([x, y])
+    for x, y in zip(
+      np.split(tokens.prompt.values, tokens.prompt.offsets[1:-1]),
+      np.split(tokens.responses[0].values, tokens.responses[0].offsets[1:-1]),
+    )
+  ]
+  alone = dataset.TokenDataset.from_lists(
+    [x[:1] for x in whole], [x[1:] for x in whole], [[] for _ in whole]
+  )
+  (first,), _ = _run(_objective("sft", prompt_nll=True), num_steps=1)
+  (expected,), _ = _run(_objective("sft"), data=alone, num_steps=1)
+  (plain,), _ = _run(_objective("sft"), num_steps=1)
+  assert first["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+  assert first["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+  assert first["logps/chosen"] == pytest.approx(plain["logps/chosen"], rel=1e-5)
+  assert abs(first["loss"] - plain["loss"]) > 1e-5
+
+
 def test_no_array_of_a_step_is_larger_in_the_vocabulary_than_one_chunk():
   """Rows of 512 with 32,000 words: only tables and one chunk of logits."""
   vocab, chunk_length, num_rows = 32_000, 16, 2
@@ -253,7 +403,7 @@ def test_running_means_go_from_step_to_step():
     0.1 * history[1]["rewards/margins"], rel=1e-4
   )
   _, last = _run(_objective("bco"))
-  assert float(last.loss_state["num_batches"]) == 2
+  assert float(last.loss_state["num_responses"]) == 32
   _, plain = _run(_objective("dpo"), num_steps=1)
   assert plain.loss_state is None
 
