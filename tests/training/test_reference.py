@@ -140,6 +140,15 @@ def test_cached_sums_have_the_weights_of_ld_alpha(tmp_path):
   _assert_same(cached, live, atol=1e-4)
 
 
+@pytest.mark.slow
+def test_cached_has_the_mismatched_responses_of_kto(tmp_path):
+  runs = [_Run(_config(tmp_path, x, loss="kto")) for x in ("cached", "live")]
+  ours, theirs = (run.steps(0, 6) for run in runs)
+  assert theirs[-1]["kl"] != theirs[1]["kl"]
+  _assert_same(ours, theirs, atol=1e-3)
+  _assert_same(*([run.evaluate()] for run in runs), atol=1e-3)
+
+
 def test_a_sweep_computes_once(tmp_path, capfd):
   settings = {"steps": 1, "data.eval_path": ""}
   train = lambda name, **more: trainer.train(
