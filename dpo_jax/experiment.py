@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from dpo_jax import sharding
 from dpo_jax.checkpoints import source
-from dpo_jax.data import dataset, loader, synthetic, tokenize
+from dpo_jax.data import dataset, loader, packing, synthetic, tokenize
 from dpo_jax.losses import objectives
 from dpo_jax.models import config as model_config
 from dpo_jax.models import transformer
@@ -77,15 +77,18 @@ def build(config: ConfigDict) -> Experiment:
   opened, policy = _policy_config(config)
   tokenizer = _load_tokenizer(config, opened)
   policy = _fit_policy(config, policy, tokenizer, from_scratch=not opened)
-  train_loader, eval_loader = _make_loaders(config, objective, tokenizer, mesh)
-  total_steps = _total_steps(config, train_loader)
-  learning_rate, optimizer = _make_optimizer(config, total_steps)
   shardings = sharding.array_shardings(
     mesh, transformer.logical_axes(policy), transformer.param_shapes(policy)
   )
   reference, load_reference = _make_reference(
     config, objective, policy, shardings, mesh
   )
+  models = [model for model in (policy, reference.model) if model]
+  train_loader, eval_loader = _make_loaders(
+    config, objective, tokenizer, mesh, models
+  )
+  total_steps = _total_steps(config, train_loader)
+  learning_rate, optimizer = _make_optimizer(config, total_steps)
   return Experiment(
     settings=to_plain(config),
     mesh=mesh,
@@ -273,10 +276,18 @@ def _make_reference(config, objective, policy, shardings, mesh):
   return reference, lambda params: opened.load(model, layouts)
 
 
-def _make_loaders(config, objective, tokenizer, mesh):
+def _make_loaders(config, objective, tokenizer, mesh, models):
+  read = functools.partial(_read_tokens, config, objective, tokenizer)
+  train_data = read(config.data.path, config.data.split)
+  eval_data = None
+  if config.data.eval_path:
+    eval_data = read(config.data.eval_path, config.data.eval_split)
+    if config.eval.pairs:
+      eval_data = eval_data.head(config.eval.pairs)
+  layout = _layout(config.data.layout, models, train_data, eval_data)
   shards = sharding.num_row_shards(mesh)
   microbatch_rows = config.microbatch_rows or shards
-  if config.data.layout == "padded" and not config.microbatch_rows:
+  if layout == "padded" and not config.microbatch_rows:
     microbatch_rows += microbatch_rows % 2
   if microbatch_rows % shards:
     raise ValueError(
@@ -287,13 +298,11 @@ def _make_loaders(config, objective, tokenizer, mesh):
     microbatch_rows=microbatch_rows,
     row_length=config.data.row_length,
     seed=config.seed,
-    layout=config.data.layout,
+    layout=layout,
     batch_size=config.batch_size,
     row_range=sharding.local_rows(mesh, microbatch_rows),
     extra_columns=objective.extra_columns,
   )
-  read = functools.partial(_read_tokens, config, objective, tokenizer)
-  train_data = read(config.data.path, config.data.split)
   train_loader = loader.Loader(
     train_data, shuffle=config.data.shuffle, **settings
   )
@@ -302,12 +311,25 @@ def _make_loaders(config, objective, tokenizer, mesh):
       f"batch_size={config.batch_size}: larger than the data"
       f" ({train_loader.num_pairs} pairs in {config.data.path})"
     )
-  if not config.data.eval_path:
+  if eval_data is None:
     return train_loader, None
-  eval_data = read(config.data.eval_path, config.data.eval_split)
-  if config.eval.pairs:
-    eval_data = eval_data.head(config.eval.pairs)
   return train_loader, loader.Loader(eval_data, shuffle=False, **settings)
+
+
+def _layout(layout, models, *data):
+  """Returns the layout that every window and all data allow, and says so."""
+  window = min((m.window for m in models if m.window), default=None)
+  lengths = [tokens.lengths for tokens in data if tokens is not None]
+  allowed = {packing.layout_for_window(x, layout, window) for x in lengths}
+  if allowed == {layout}:
+    return layout
+  if jax.process_index() == 0:
+    print(
+      f"data.layout: padded, as sequences are longer than the {window} keys"
+      " that a sliding window of the model sees",
+      flush=True,
+    )
+  return "padded"
 
 
 def _read_tokens(config, objective, tokenizer, path, split):

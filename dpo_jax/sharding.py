@@ -20,6 +20,7 @@ LOGICAL_AXES = {
   "heads": ("tensor",),
   "mlp": ("tensor",),
   "vocab": ("tensor",),
+  "experts": (),
 }
 
 

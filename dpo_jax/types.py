@@ -14,6 +14,7 @@ from typing import Any
 
 import beartype
 import jax
+import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 
@@ -64,3 +65,35 @@ class Batch:
   # Prompts with the response of another: scored, without a gradient.
   mismatched: Rows | None = None  # each leaf [M',R,...]
   num_mismatched: Array | None = None  # i32[]  how many of M' are filled
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Unembedding:
+  """What turns a state h into logits: c * tanh((table h + bias) / c).
+
+  Without the soft cap c, the logits are table h + bias.
+  """
+
+  table: Array  # f[V,D]
+  bias: Array | None = None  # f[V]
+  soft_cap: float | None = dataclasses.field(
+    default=None, metadata={"static": True}
+  )
+
+  def logits(self, states: Array) -> Array:
+    """Returns f32[...,V]: a product in the states' dtype, then float32.
+
+    float64 states give float64 logits (gradient checks).
+    """
+    dtype = jnp.promote_types(states.dtype, jnp.float32)
+    table = self.table.astype(states.dtype)
+    logits = jnp.einsum(
+      "...d,vd->...v", states, table, preferred_element_type=dtype
+    )
+    if self.bias is not None:
+      bias = self.bias.astype(dtype)
+      logits += jnp.expand_dims(bias, range(logits.ndim - 1))
+    if self.soft_cap is not None:
+      logits = self.soft_cap * jnp.tanh(logits / self.soft_cap)
+    return logits

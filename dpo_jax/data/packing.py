@@ -89,6 +89,27 @@ def span_lengths(lengths: np.ndarray, layout: str) -> np.ndarray:
   return prompt[:, 0] * num_spans + responses.sum(axis=1)
 
 
+def layout_for_window(
+  lengths: np.ndarray, layout: str, window: int | None
+) -> str:
+  """Returns `padded` where a window would cut a mirrored response's keys.
+
+  The last `window` positions before a mirrored token are an interval of its
+  row only as long as they reach back to the prompt's first.
+
+  Args:
+    lengths: [n,1+C], tokens of the prompt and of C responses.
+    layout: the one asked for.
+    window: keys that a query of a sliding layer sees; None: there is none.
+  """
+  if window is None or layout != "mirrored":
+    return layout
+  prompt, responses = np.split(np.asarray(lengths, np.int64), [1], axis=1)
+  left, right = np.moveaxis(_two_by_two(responses), 2, 0)
+  is_cut = (left > 0) & (right > 0) & (prompt + left > window)
+  return "padded" if is_cut.any() else layout
+
+
 def make_plan(
   lengths: np.ndarray,
   row_length: int,

@@ -12,7 +12,7 @@ import numpy as np
 
 from dpo_jax import sharding
 from dpo_jax.checkpoints import source
-from dpo_jax.data import dataset, examples, loader, tokenize
+from dpo_jax.data import dataset, examples, loader, packing, tokenize
 from dpo_jax.evaluation import preference_report
 from dpo_jax.losses import objectives
 from dpo_jax.models import transformer
@@ -188,8 +188,15 @@ def _logps(opened, settings, tokens) -> np.ndarray:
   layouts = sharding.array_shardings(
     mesh, transformer.logical_axes(model), transformer.param_shapes(model)
   )
+  layout = packing.layout_for_window(tokens.lengths, "mirrored", model.window)
+  if layout != "mirrored":
+    print(
+      f"layout: {layout}, as sequences are longer than the {model.window} keys"
+      " that a sliding window of the model sees",
+      flush=True,
+    )
   batches = loader.Loader(
-    tokens, batch_size=BATCH_PAIRS, microbatch_rows=num_rows
+    tokens, batch_size=BATCH_PAIRS, microbatch_rows=num_rows, layout=layout
   )
   with jax.set_mesh(mesh):
     return scoring.response_logps(

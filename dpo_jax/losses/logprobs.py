@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Float, Num
 
 from dpo_jax import sharding
-from dpo_jax.types import Array, Rows, typed
+from dpo_jax.types import Array, Rows, Unembedding, typed
 
 
 @jax.tree_util.register_dataclass
@@ -35,7 +35,7 @@ class TokenLogps:
 @typed
 def token_logps(
   hidden: Float[Array, "R T D"],
-  unembedding: Float[Array, "V D"],
+  unembedding: Unembedding | Float[Array, "V D"],
   rows: Rows,
   *,
   chunk_length: int,
@@ -49,7 +49,8 @@ def token_logps(
 
   Args:
     hidden: states after the final norm.
-    unembedding: one vector per token of the vocabulary.
+    unembedding: one vector per token of the vocabulary, and what else makes
+      logits of a state.
     rows: `score_index`, `targets` and `response` are read. Scored positions
       must stand first in a row's `S` entries.
     chunk_length: scored positions of a row whose logits are held at once, at
@@ -57,6 +58,8 @@ def token_logps(
     with_entropy: also return the entropy of the distribution at each token.
     with_log_sum_squares: also return log sum_v p_v^2 at each token.
   """
+  if not isinstance(unembedding, Unembedding):
+    unembedding = Unembedding(unembedding)
   length = rows.targets.shape[1]
   chunk_length = min(chunk_length, length)
   padding = ((0, 0), (0, -length % chunk_length))
@@ -101,11 +104,11 @@ def _token_logps(chunk_length, wanted, hidden, unembedding, scored):
 
 
 def _forward(chunk_length, wanted, hidden, unembedding, scored):
-  weights = _whole(unembedding, hidden.dtype)
+  whole = _whole(unembedding, hidden.dtype)
 
   def add_chunk(i, arrays):
     index, targets, mask = _chunk(scored, i, chunk_length)
-    logits = _logits(_take(hidden, index), weights)
+    logits = _logits(_take(hidden, index), whole)
     log_z = jax.nn.logsumexp(logits, axis=-1)
     at_target = jnp.where(_is_target(logits, targets), logits, 0).sum(-1)
     logps, statistics = jax.tree.map(
@@ -135,20 +138,25 @@ def _forward(chunk_length, wanted, hidden, unembedding, scored):
 def _backward(chunk_length, wanted, residuals, cotangents):
   del wanted  # the statistics carry no gradient
   hidden, unembedding, scored, log_z = residuals
-  weights = _whole(unembedding, hidden.dtype)
+  whole = _whole(unembedding, hidden.dtype)
   groups = _num_groups(hidden.shape[0])
 
   def add_chunk(i, gradients):
-    d_hidden, d_weights = gradients
+    d_hidden, d_weights, d_bias = gradients
     index, targets, mask = _chunk(scored, i, chunk_length)
     d_logps, z = _chunk((cotangents[0], log_z), i, chunk_length)
     states = _take(hidden, index)
-    logits = _logits(states, weights)
+    logits = _logits(states, whole)
     residual = _is_target(logits, targets) - jnp.exp(logits - z[..., None])
     scale = jnp.where(mask, d_logps, 0)[..., None]
-    d_logits = (scale * residual).astype(hidden.dtype)
+    d_logits = scale * residual
+    if whole.soft_cap is not None:
+      d_logits *= 1 - (logits / whole.soft_cap) ** 2
+    if d_bias is not None:
+      d_bias += d_logits.reshape(groups, -1, d_logits.shape[2]).sum(1)
+    d_logits = d_logits.astype(hidden.dtype)
     d_states = jnp.einsum(
-      "rsv,vd->rsd", d_logits, weights, preferred_element_type=z.dtype
+      "rsv,vd->rsd", d_logits, whole.table, preferred_element_type=z.dtype
     )
     d_weights += jnp.einsum(
       "grsv,grsd->gvd",
@@ -156,26 +164,33 @@ def _backward(chunk_length, wanted, residuals, cotangents):
       states.reshape(groups, -1, *states.shape[1:]),
       preferred_element_type=z.dtype,
     )
-    return _add_at(d_hidden, index, d_states), d_weights
+    return _add_at(d_hidden, index, d_states), d_weights, d_bias
 
-  d_hidden, d_weights = jax.lax.fori_loop(
+  def zeros_by_group(x, *axes):
+    zeros = jnp.zeros((groups, *x.shape), log_z.dtype)
+    return sharding.constrain(zeros, "rows", *axes)
+
+  d_hidden, d_weights, d_bias = jax.lax.fori_loop(
     0,
     _num_chunks(scored, chunk_length),
     add_chunk,
     (
       jnp.zeros(hidden.shape, log_z.dtype),
-      sharding.constrain(
-        jnp.zeros((groups, *weights.shape), log_z.dtype),
-        "rows",
-        "vocab",
-        None,
-      ),
+      zeros_by_group(whole.table, "vocab", None),
+      None if whole.bias is None else zeros_by_group(whole.bias, "vocab"),
     ),
   )
   d_weights = sharding.constrain(d_weights.sum(0), "vocab", "embed")
+  if d_bias is not None:
+    d_bias = sharding.constrain(d_bias.sum(0), "vocab")
+    d_bias = d_bias.astype(unembedding.bias.dtype)
   return (
     d_hidden.astype(hidden.dtype),
-    d_weights.astype(unembedding.dtype),
+    dataclasses.replace(
+      unembedding,
+      table=d_weights.astype(unembedding.table.dtype),
+      bias=d_bias,
+    ),
     None,
   )
 
@@ -196,7 +211,8 @@ def _statistics(logits, log_z, wanted):
 
 def _whole(unembedding, dtype):
   """Returns the unembedding as the loop uses it: gathered once, before it."""
-  return sharding.constrain(unembedding.astype(dtype), "vocab", None)
+  table = sharding.constrain(unembedding.table.astype(dtype), "vocab", None)
+  return dataclasses.replace(unembedding, table=table)
 
 
 def _num_groups(num_rows):
@@ -235,14 +251,8 @@ def _add_at(hidden, index, values):
   return jax.vmap(lambda h, i, x: h.at[i].add(x))(hidden, index, values)
 
 
-def _logits(states, weights):
-  logits = jnp.einsum(
-    "rsd,vd->rsv",
-    states,
-    weights,
-    preferred_element_type=_accumulator(states),
-  )
-  return sharding.constrain(logits, "rows", None, "vocab")
+def _logits(states, unembedding):
+  return sharding.constrain(unembedding.logits(states), "rows", None, "vocab")
 
 
 def _is_target(logits, targets):

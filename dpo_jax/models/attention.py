@@ -31,12 +31,25 @@ def interval_attention(
   v: Float[Array, "R T K H"],
   key_start: Int[Array, "R T"],
   key_end: Int[Array, "R T"],
+  *,
+  scale: float | None = None,
+  soft_cap: float | None = None,
 ) -> Float[Array, "R T N H"]:
-  """Returns softmax(q k^T / sqrt(H)) v over each query's interval of keys.
+  """Returns softmax(scale q k^T) v over each query's interval of keys.
 
   The query at t sees the keys j with `key_start[t] <= j < key_end[t]`; one
   that sees none gets zeros. Query head n reads key head n // (N / K). Scores
   and softmax are float32. Reverse mode only.
+
+  Args:
+    q: queries.
+    k: keys.
+    v: values.
+    key_start: the first key that a query sees.
+    key_end: the key after the last.
+    scale: of scores; None is 1 / sqrt(H).
+    soft_cap: c of scores c * tanh(score / c), above 0; None caps none (Gemma
+      2; Riviere et al. 2024, arXiv 2408.00118, section 2).
   """
   num_rows, length, num_heads, width = q.shape
   num_kv_heads = k.shape[2]
@@ -47,7 +60,8 @@ def interval_attention(
   q = _pad(q.transpose(0, 2, 3, 1, 4), padding, axis=3)
   k, v = (_pad(x.transpose(0, 2, 1, 3), padding, axis=2) for x in (k, v))
   key_start, key_end = (_pad(x, padding, axis=1) for x in (key_start, key_end))
-  out = _attend(block, q, k, v, key_start, key_end)[:, :, :, :length]
+  form = (block, width**-0.5 if scale is None else scale, soft_cap)
+  out = _attend(form, q, k, v, key_start, key_end)[:, :, :, :length]
   return out.transpose(0, 3, 1, 2, 4).reshape(
     num_rows, length, num_heads, width
   )
@@ -101,35 +115,47 @@ def _visited(
 
 
 def _scores(
+  form: tuple[int, float, float | None],
   q: jax.Array,
   k: jax.Array,
   key_start: jax.Array,
   key_end: jax.Array,
   first_key: jax.Array,
-) -> jax.Array:
-  """Returns [R,K,G,queries,keys] in float32, -inf where a key is not seen."""
-  scores = _einsum("rkgth,rksh->rkgts", q, k)
+) -> tuple[jax.Array, jax.Array | None]:
+  """Returns [R,K,G,queries,keys] in float32, -inf where a key is not seen.
+
+  And their derivative by uncapped scores, None where that is 1.
+  """
+  _, scale, soft_cap = form
+  scores = _einsum("rkgth,rksh->rkgts", q, k) * scale
+  slope = None
+  if soft_cap is not None:
+    tanh = jnp.tanh(scores / soft_cap)
+    scores, slope = soft_cap * tanh, 1 - tanh**2
   index = first_key + jnp.arange(k.shape[2])[None, None, :]
   visible = (key_start[..., None] <= index) & (index < key_end[..., None])
-  scale = q.shape[-1] ** -0.5
-  return jnp.where(visible[:, None, None], scores * scale, -jnp.inf)
+  return jnp.where(visible[:, None, None], scores, -jnp.inf), slope
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(
-  block: int,
+  form: tuple[int, float, float | None],
   q: jax.Array,
   k: jax.Array,
   v: jax.Array,
   key_start: jax.Array,
   key_end: jax.Array,
 ) -> jax.Array:
-  """Returns [R,K,G,T,H] from q of that shape and k, v [R,K,T,H]."""
-  return _forward(block, q, k, v, key_start, key_end)[0]
+  """Returns [R,K,G,T,H] from q of that shape and k, v [R,K,T,H].
+
+  `form` is the length of a block, the scale and the soft cap.
+  """
+  return _forward(form, q, k, v, key_start, key_end)[0]
 
 
-def _forward(block, q, k, v, key_start, key_end):
+def _forward(form, q, k, v, key_start, key_end):
   """Returns the output, and what the backward pass needs."""
+  block = form[0]
   first, end = _visited(block, key_start, key_end)
 
   def attend_queries(i):
@@ -139,7 +165,7 @@ def _forward(block, q, k, v, key_start, key_end):
     def visit(j, carry):
       top, total, out = carry
       k_j, v_j = _take(k, j, block, 2), _take(v, j, block, 2)
-      scores = _scores(q_i, k_j, start_i, end_i, j * block)
+      scores, _ = _scores(form, q_i, k_j, start_i, end_i, j * block)
       new_top = jnp.maximum(top, scores.max(-1))
       weights = jnp.exp(scores - new_top[..., None])
       shrink = jnp.exp(top - new_top)
@@ -166,11 +192,11 @@ def _forward(block, q, k, v, key_start, key_end):
   return out, (q, k, v, key_start, key_end, out, logsumexp)
 
 
-def _backward(block, residuals, d_out):
+def _backward(form, residuals, d_out):
   """Returns the cotangents of q, k and v, accumulated in float32."""
   q, k, v, key_start, key_end, out, logsumexp = residuals
+  block, scale, _ = form
   first, end = _visited(block, key_start, key_end)
-  scale = q.shape[-1] ** -0.5
   # The softmax's own sum over keys of weights times their cotangents.
   centre = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1)
 
@@ -183,10 +209,12 @@ def _backward(block, residuals, d_out):
     def visit(j, carry):
       d_q, d_k, d_v = carry
       k_j, v_j = _take(k, j, block, 2), _take(v, j, block, 2)
-      scores = _scores(q_i, k_j, start_i, end_i, j * block)
+      scores, slope = _scores(form, q_i, k_j, start_i, end_i, j * block)
       weights = jnp.exp(scores - logsumexp_i[..., None])
       d_weights = _einsum("rkgth,rksh->rkgts", d_out_i, v_j)
       d_scores = weights * (d_weights - centre_i[..., None]) * scale
+      if slope is not None:
+        d_scores *= slope
       d_scores = d_scores.astype(q.dtype)
       d_v = _add_block(
         d_v, _einsum("rkgts,rkgth->rksh", weights.astype(v.dtype), d_out_i), j

@@ -2,13 +2,17 @@
 
 import dataclasses
 import difflib
+import functools
 from typing import Any
 
 # For each named field, the values it takes.
 CHOICES = {
-  "family": ("llama", "gpt2"),
-  "norm": ("rms", "layer"),
+  "norm": ("rms", "rms_plus_one", "layer"),
+  "norms": ("input", "output", "both"),
+  "residual": ("sequential", "parallel", "parallel_one_norm"),
+  "qk_norm": ("none", "head", "projection"),
   "positions": ("rotary", "learned"),
+  "rotary_pairs": ("halves", "neighbours"),
   "activation": ("silu", "gelu_tanh", "gelu"),
   "dtype": ("float32", "bfloat16"),
   "param_dtype": ("float32", "bfloat16"),
@@ -18,22 +22,47 @@ CHOICES = {
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-  """The "llama3" stretching of rotary wavelengths beyond the trained length."""
+  """The stretching of rotary wavelengths beyond the trained length.
+
+  With the factor alone all of them are stretched alike ("linear"); with the
+  other three, as `layers.rotary_frequencies` says ("llama3").
+  """
 
   factor: float
-  low_freq_factor: float
-  high_freq_factor: float
-  original_max_positions: int
+  low_freq_factor: float | None = None
+  high_freq_factor: float | None = None
+  original_max_positions: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """A decoder's shape, and how it is computed. Hashable.
 
-  The last three fields change no parameter's shape: activations are computed
-  in `dtype`, parameters are kept in `param_dtype`, and `remat` says which
-  activations of a block the backward pass recomputes: `none` of them, all of
-  them (`full`), or all but the outputs of its projections (`dots`).
+  Attributes:
+    family: a key of `FAMILIES`; says how files name things, no more.
+    norm: `rms_plus_one` multiplies by one plus the scale.
+    norms: where a norm stands: before attention and mlp, after, or both.
+    residual: `parallel` adds attention and mlp of the same state, each after
+      a norm of its own, or `parallel_one_norm` after one that they share.
+    qk_norm: RMSNorm of queries and keys, of each head or of all together.
+    biases: what has one: names of projections, `norm`, `head`.
+    tied: whether the embedding is the unembedding.
+    rotary_width: elements of a head that turn, the first; None: all.
+    rotary_pairs: whether i turns with i + width/2, or 2i with 2i + 1.
+    query_scalar: scores are divided by its square root; None: `head_width`.
+    attention_soft_cap: c of scores c * tanh(score / c); None: none.
+    logit_soft_cap: the same of logits.
+    scaled_embedding: whether embeddings are multiplied by sqrt(d_model).
+    window: keys that a query of a sliding layer sees, itself among them.
+    sliding: for each layer, whether it is one; () where `window` is None.
+    local_rope_theta: of sliding layers, unscaled; None: as the others.
+    num_experts: mlps of a layer, of which a router picks; 0: one, no router.
+    experts_per_token: how many it picks.
+    dtype: what activations are computed in.
+    param_dtype: what parameters are kept in.
+    remat: which activations of a block the backward pass recomputes: `none`
+      of them, all of them (`full`), or all but the outputs of its
+      projections (`dots`).
   """
 
   family: str
@@ -50,16 +79,30 @@ class ModelConfig:
   max_positions: int
   activation: str
   gated: bool
-  bias: bool
+  biases: tuple[str, ...]
   tied: bool
+  norms: str = "input"
+  residual: str = "sequential"
+  qk_norm: str = "none"
   rope_theta: float = 10_000.0
   rope_scaling: RopeScaling | None = None
+  rotary_width: int | None = None
+  rotary_pairs: str = "halves"
+  query_scalar: int | None = None
+  attention_soft_cap: float | None = None
+  logit_soft_cap: float | None = None
+  scaled_embedding: bool = False
+  window: int | None = None
+  sliding: tuple[bool, ...] = ()
+  local_rope_theta: float | None = None
+  num_experts: int = 0
+  experts_per_token: int = 0
   dtype: str = "float32"
   param_dtype: str = "float32"
   remat: str = "none"
 
   def __post_init__(self):
-    for name, known in CHOICES.items():
+    for name, known in {**CHOICES, "family": tuple(FAMILIES)}.items():
       value = getattr(self, name)
       if value not in known:
         raise ValueError(f"model {name} {value!r}; known: {', '.join(known)}")
@@ -68,139 +111,280 @@ class ModelConfig:
         f"model num_kv_heads={self.num_kv_heads}: must divide"
         f" num_heads={self.num_heads}"
       )
-    if self.positions == "rotary" and self.head_width % 2:
+    width = self.rotary_width or self.head_width
+    if self.positions == "rotary" and (width % 2 or width > self.head_width):
       raise ValueError(
-        f"model head_width={self.head_width}: rotary positions need it even"
+        f"model head_width={self.head_width}, of which {width} turn: rotary"
+        " positions need an even part of it"
+      )
+    if self.window is not None and self.window < 1:
+      raise ValueError(f"model window={self.window}: must be at least 1")
+    if len(self.sliding) != (self.num_layers if self.window else 0):
+      raise ValueError(
+        f"model window={self.window} and {len(self.sliding)} entries of"
+        f" sliding: there are {self.num_layers} layers"
+      )
+    if not 0 <= self.experts_per_token <= self.num_experts:
+      raise ValueError(
+        f"model experts_per_token={self.experts_per_token}: there are"
+        f" {self.num_experts} experts"
       )
 
 
-def llama(
-  *,
-  vocab_size: int,
-  num_layers: int,
-  d_model: int,
-  d_mlp: int,
-  num_heads: int,
-  max_positions: int,
-  num_kv_heads: int | None = None,
-  head_width: int | None = None,
-  **settings: Any,
-) -> ModelConfig:
-  """Returns a Llama: RMSNorm, rotary positions, SwiGLU, no biases."""
-  return ModelConfig(
-    **{
-      "family": "llama",
-      "vocab_size": vocab_size,
-      "num_layers": num_layers,
-      "d_model": d_model,
-      "d_mlp": d_mlp,
-      "num_heads": num_heads,
-      "num_kv_heads": num_kv_heads or num_heads,
-      "head_width": head_width or d_model // num_heads,
-      "norm": "rms",
-      "norm_eps": 1e-5,
-      "positions": "rotary",
-      "max_positions": max_positions,
-      "activation": "silu",
-      "gated": True,
-      "bias": False,
-      "tied": False,
-      **settings,
-    }
-  )
+_LLAMA = {
+  "norm": "rms",
+  "norm_eps": 1e-5,
+  "positions": "rotary",
+  "activation": "silu",
+  "gated": True,
+  "biases": (),
+  "tied": False,
+}
+_QWEN = _LLAMA | {"norm_eps": 1e-6, "rope_theta": 1e6}
+_GEMMA = _LLAMA | {
+  "norm": "rms_plus_one",
+  "norm_eps": 1e-6,
+  "activation": "gelu_tanh",
+  "tied": True,
+  "scaled_embedding": True,
+}
+_GPT2 = {
+  "vocab_size": 50_257,
+  "norm": "layer",
+  "norm_eps": 1e-5,
+  "positions": "learned",
+  "max_positions": 1024,
+  "activation": "gelu_tanh",
+  "gated": False,
+  "biases": ("query", "key", "value", "out", "up", "down", "norm"),
+  "tied": True,
+}
+
+# What the models of a family have in common, by `model_type` of transformers.
+FAMILIES: dict[str, dict[str, Any]] = {
+  "llama": _LLAMA,
+  "gpt2": _GPT2,
+  "gptj": _GPT2
+  | {
+    "vocab_size": 50_400,
+    "positions": "rotary",
+    "max_positions": 2048,
+    "rotary_pairs": "neighbours",
+    "rotary_width": 64,
+    "biases": ("up", "down", "norm", "head"),
+    "tied": False,
+    "residual": "parallel_one_norm",
+  },
+  "gpt_neox": _GPT2
+  | {
+    "positions": "rotary",
+    "max_positions": 2048,
+    "activation": "gelu",
+    "tied": False,
+    "residual": "parallel",
+  },
+  "mistral": _LLAMA,
+  "mixtral": _LLAMA
+  | {"rope_theta": 1e6, "num_experts": 8, "experts_per_token": 2},
+  "qwen2": _QWEN | {"biases": ("query", "key", "value")},
+  "qwen3": _QWEN | {"head_width": 128, "qk_norm": "head"},
+  "gemma": _GEMMA | {"head_width": 256},
+  "gemma2": _GEMMA
+  | {
+    "head_width": 256,
+    "norms": "both",
+    "query_scalar": 256,
+    "attention_soft_cap": 50.0,
+    "logit_soft_cap": 30.0,
+    "window": 4096,
+  },
+  "gemma3_text": _GEMMA
+  | {
+    "head_width": 256,
+    "norms": "both",
+    "qk_norm": "head",
+    "query_scalar": 256,
+    "rope_theta": 1e6,
+    "local_rope_theta": 10_000.0,
+    "window": 4096,
+  },
+  "phi3": _LLAMA,
+  "olmo2": _LLAMA | {"norms": "output", "qk_norm": "projection"},
+}
+
+# Every so many layers one is global and the others slide.
+GLOBAL_EVERY = {"gemma2": 2, "gemma3_text": 6}
 
 
-def gpt2(
-  *, num_layers: int, d_model: int, num_heads: int, **settings: Any
-) -> ModelConfig:
-  """Returns a GPT-2: LayerNorm, learned positions, biases, tied embedding."""
-  return ModelConfig(
-    **{
-      "family": "gpt2",
-      "vocab_size": 50_257,
-      "num_layers": num_layers,
-      "d_model": d_model,
-      "d_mlp": 4 * d_model,
-      "num_heads": num_heads,
-      "num_kv_heads": num_heads,
-      "head_width": d_model // num_heads,
-      "norm": "layer",
-      "norm_eps": 1e-5,
-      "positions": "learned",
-      "max_positions": 1024,
-      "activation": "gelu_tanh",
-      "gated": False,
-      "bias": True,
-      "tied": True,
-      **settings,
-    }
-  )
+def of_family(family: str, **settings: Any) -> ModelConfig:
+  """Returns a config with the settings, and the family's for the others.
 
+  Where they are missing or None, there are as many key heads as query heads
+  and heads as wide as they divide `d_model`; the mlp is four times `d_model`
+  wide; and where there is a window every layer slides, but for each second of
+  a Gemma 2 and each sixth of a Gemma 3.
+  """
+  fields = {**FAMILIES[family], **settings}
+  if fields.get("num_kv_heads") is None:
+    fields["num_kv_heads"] = fields["num_heads"]
+  if fields.get("head_width") is None:
+    fields["head_width"] = fields["d_model"] // fields["num_heads"]
+  if fields.get("d_mlp") is None:
+    fields["d_mlp"] = 4 * fields["d_model"]
+  if fields.get("window") and "sliding" not in fields:
+    fields["sliding"] = sliding_layers(family, fields["num_layers"])
+  return ModelConfig(family=family, **fields)
+
+
+def sliding_layers(
+  family: str, num_layers: int, global_every: int | None = None
+) -> tuple[bool, ...]:
+  """Returns which layers of a model with a window slide."""
+  every = global_every or GLOBAL_EVERY.get(family, num_layers + 1)
+  return tuple((layer + 1) % every != 0 for layer in range(num_layers))
+
+
+llama = functools.partial(of_family, "llama")
+gpt2 = functools.partial(of_family, "gpt2")
+
+
+# Published models: the family, these fields in order, and what else differs.
+_SIZE_FIELDS = (
+  *("vocab_size", "num_layers", "d_model", "d_mlp"),
+  *("num_heads", "num_kv_heads", "max_positions"),
+)
+_LLAMA31 = {
+  "rope_theta": 500_000.0,
+  "rope_scaling": RopeScaling(8.0, 1.0, 4.0, 8192),
+}
+_LLAMA32 = {
+  "rope_theta": 500_000.0,
+  "rope_scaling": RopeScaling(32.0, 1.0, 4.0, 8192),
+  "tied": True,
+}
+_SIZES: dict[str, tuple[Any, ...]] = {
+  # For tests.
+  "tiny": ("llama", 512, 2, 64, 176, 4, 2, 512, {}),
+  # 10 million parameters with the vocabulary of GPT-2, to train on a laptop.
+  "small": ("llama", 50_257, 6, 160, 448, 5, 5, 1024, {"tied": True}),
+  # 58 million parameters, for benchmarks.
+  "bench-58m": ("llama", 32_000, 6, 512, 2048, 8, 8, 2048, {}),
+  "gpt2": ("gpt2", 50_257, 12, 768, 3072, 12, 12, 1024, {}),
+  "gpt2-medium": ("gpt2", 50_257, 24, 1024, 4096, 16, 16, 1024, {}),
+  "gpt2-large": ("gpt2", 50_257, 36, 1280, 5120, 20, 20, 1024, {}),
+  "gpt2-xl": ("gpt2", 50_257, 48, 1600, 6400, 25, 25, 1024, {}),
+  "gpt-j-6b": ("gptj", 50_400, 28, 4096, 16_384, 16, 16, 2048, {}),
+  **{
+    f"pythia-{size}": (
+      "gpt_neox",
+      vocab,
+      layers,
+      width,
+      4 * width,
+      heads,
+      heads,
+      2048,
+      {"rotary_width": width // heads // 4},
+    )
+    for size, vocab, layers, width, heads in (
+      ("70m", 50_304, 6, 512, 8),
+      ("160m", 50_304, 12, 768, 12),
+      ("410m", 50_304, 24, 1024, 16),
+      ("1b", 50_304, 16, 2048, 8),
+      ("1.4b", 50_304, 24, 2048, 16),
+      ("2.8b", 50_304, 32, 2560, 32),
+      ("6.9b", 50_432, 32, 4096, 32),
+      ("12b", 50_688, 36, 5120, 40),
+    )
+  },
+  "llama-7b": (
+    *("llama", 32_000, 32, 4096, 11_008, 32, 32, 2048),
+    {"norm_eps": 1e-6},
+  ),
+  "llama-13b": (
+    *("llama", 32_000, 40, 5120, 13_824, 40, 40, 2048),
+    {"norm_eps": 1e-6},
+  ),
+  "llama2-7b": ("llama", 32_000, 32, 4096, 11_008, 32, 32, 4096, {}),
+  "llama2-13b": ("llama", 32_000, 40, 5120, 13_824, 40, 40, 4096, {}),
+  "llama3-8b": (
+    *("llama", 128_256, 32, 4096, 14_336, 32, 8, 8192),
+    {"rope_theta": 500_000.0},
+  ),
+  "llama3.1-8b": (
+    *("llama", 128_256, 32, 4096, 14_336, 32, 8, 131_072),
+    _LLAMA31,
+  ),
+  "llama3.1-70b": (
+    *("llama", 128_256, 80, 8192, 28_672, 64, 8, 131_072),
+    _LLAMA31,
+  ),
+  "llama3.2-1b": (
+    *("llama", 128_256, 16, 2048, 8192, 32, 8, 131_072),
+    _LLAMA32,
+  ),
+  "llama3.2-3b": (
+    *("llama", 128_256, 28, 3072, 8192, 24, 8, 131_072),
+    _LLAMA32,
+  ),
+  "mistral-7b": (
+    *("mistral", 32_000, 32, 4096, 14_336, 32, 8, 32_768),
+    {"window": 4096},
+  ),
+  "mixtral-8x7b": ("mixtral", 32_000, 32, 4096, 14_336, 32, 8, 32_768, {}),
+  "qwen2.5-0.5b": (
+    *("qwen2", 151_936, 24, 896, 4864, 14, 2, 32_768),
+    {"tied": True},
+  ),
+  "qwen2.5-1.5b": (
+    *("qwen2", 151_936, 28, 1536, 8960, 12, 2, 131_072),
+    {"tied": True},
+  ),
+  "qwen2.5-7b": ("qwen2", 152_064, 28, 3584, 18_944, 28, 4, 131_072, {}),
+  "qwen3-0.6b": (
+    *("qwen3", 151_936, 28, 1024, 3072, 16, 8, 40_960),
+    {"tied": True},
+  ),
+  "qwen3-1.7b": (
+    *("qwen3", 151_936, 28, 2048, 6144, 16, 8, 40_960),
+    {"tied": True},
+  ),
+  "qwen3-4b": (
+    *("qwen3", 151_936, 36, 2560, 9728, 32, 8, 40_960),
+    {"tied": True},
+  ),
+  "qwen3-8b": ("qwen3", 151_936, 36, 4096, 12_288, 32, 8, 40_960, {}),
+  "gemma-2b": ("gemma", 256_000, 18, 2048, 16_384, 8, 1, 8192, {}),
+  "gemma-7b": ("gemma", 256_000, 28, 3072, 24_576, 16, 16, 8192, {}),
+  "gemma2-2b": ("gemma2", 256_000, 26, 2304, 9216, 8, 4, 8192, {}),
+  "gemma2-9b": ("gemma2", 256_000, 42, 3584, 14_336, 16, 8, 8192, {}),
+  "gemma3-1b": (
+    *("gemma3_text", 262_144, 26, 1152, 6912, 4, 1, 32_768),
+    {"window": 512},
+  ),
+  # The language model of a checkpoint that sees images too.
+  "gemma3-4b": (
+    *("gemma3_text", 262_208, 34, 2560, 10_240, 8, 4, 131_072),
+    {"window": 1024, "rope_scaling": RopeScaling(8.0)},
+  ),
+  "phi3-mini": (
+    *("phi3", 32_064, 32, 3072, 8192, 32, 32, 4096),
+    {"window": 2047},
+  ),
+  "olmo2-1b": (
+    *("olmo2", 100_352, 16, 2048, 8192, 16, 16, 4096),
+    {"rope_theta": 500_000.0, "norm_eps": 1e-6},
+  ),
+  "olmo2-7b": (
+    *("olmo2", 100_352, 32, 4096, 11_008, 32, 32, 4096),
+    {"rope_theta": 500_000.0, "norm_eps": 1e-6},
+  ),
+}
 
 PRESETS = {
-  # For tests.
-  "tiny": llama(
-    vocab_size=512,
-    num_layers=2,
-    d_model=64,
-    d_mlp=176,
-    num_heads=4,
-    num_kv_heads=2,
-    max_positions=512,
-  ),
-  # 10 million parameters with the vocabulary of GPT-2, to train on a laptop.
-  "small": llama(
-    vocab_size=50_257,
-    num_layers=6,
-    d_model=160,
-    d_mlp=448,
-    num_heads=5,
-    max_positions=1024,
-    tied=True,
-  ),
-  # 58 million parameters, for benchmarks.
-  "bench-58m": llama(
-    vocab_size=32_000,
-    num_layers=6,
-    d_model=512,
-    d_mlp=2048,
-    num_heads=8,
-    max_positions=2048,
-  ),
-  "gpt2": gpt2(num_layers=12, d_model=768, num_heads=12),
-  "gpt2-medium": gpt2(num_layers=24, d_model=1024, num_heads=16),
-  "gpt2-large": gpt2(num_layers=36, d_model=1280, num_heads=20),
-  "gpt2-xl": gpt2(num_layers=48, d_model=1600, num_heads=25),
-  "llama3.2-1b": llama(
-    vocab_size=128_256,
-    num_layers=16,
-    d_model=2048,
-    d_mlp=8192,
-    num_heads=32,
-    num_kv_heads=8,
-    max_positions=131_072,
-    rope_theta=500_000.0,
-    rope_scaling=RopeScaling(32.0, 1.0, 4.0, 8192),
-    tied=True,
-  ),
-  "llama2-7b": llama(
-    vocab_size=32_000,
-    num_layers=32,
-    d_model=4096,
-    d_mlp=11_008,
-    num_heads=32,
-    max_positions=4096,
-  ),
-  "llama3-8b": llama(
-    vocab_size=128_256,
-    num_layers=32,
-    d_model=4096,
-    d_mlp=14_336,
-    num_heads=32,
-    num_kv_heads=8,
-    max_positions=8192,
-    rope_theta=500_000.0,
-  ),
+  name: of_family(family, **dict(zip(_SIZE_FIELDS, shape)), **settings)
+  for name, sizes in _SIZES.items()
+  for family, *shape, settings in [sizes]
 }
 
 

@@ -4,9 +4,11 @@
 holds which of our parameters.
 """
 
+import itertools
 import json
 import os
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import huggingface_hub
@@ -93,16 +95,21 @@ def load_params(
   def load(path, leaf, sharding):
     place = places[huggingface_names.leaf_name(path)]
 
+    num_stacked = place.tensor.num_stacked
+
     def read(index):
-      if not place.is_stacked:
-        return np.array(place.view(stored, 0)[index], leaf.dtype)
-      layers = range(config.num_layers)[index[0]]
-      views = [place.view(stored, layer)[index[1:]] for layer in layers]
+      stacked = [
+        range(size)[at] for size, at in zip(leaf.shape[:num_stacked], index)
+      ]
+      views = [
+        place.view(stored, *at)[index[num_stacked:]]
+        for at in itertools.product(*stacked)
+      ]
       # Converts the dtype while it copies, without an array between.
-      out = np.empty((len(layers), *views[0].shape), leaf.dtype)
-      for layer, view in enumerate(views):
-        out[layer] = view
-      return out
+      out = np.empty((len(views), *views[0].shape), leaf.dtype)
+      for part, view in zip(out, views):
+        part[...] = view
+      return out.reshape(*map(len, stacked), *views[0].shape)
 
     return jax.block_until_ready(
       jax.make_array_from_callback(leaf.shape, sharding, read)
@@ -192,17 +199,16 @@ def _open_folder(folder: str, config: ModelConfig) -> dict[str, np.ndarray]:
       raise ValueError(f"{folder} holds no {WEIGHTS} and no {INDEX}")
     with open(path) as file:
       names = sorted(set(json.load(file)["weight_map"].values()))
-  prefix = huggingface_names.PREFIXES[config.family]
-  unused = huggingface_names.BUFFERS[config.family] + (
-    r"|lm_head\.weight" if config.tied else ""
-  )
+  prefix = huggingface_names.prefix(config.family)
+  unused = huggingface_names.unused(config)
   stored = {}
   for name in names:
     tensors = safetensors.open_file(os.path.join(folder, name))
     for key, tensor in tensors.items():
       bare = key.removeprefix(prefix)
       if not re.fullmatch(unused, bare):
-        stored[bare if bare == "lm_head.weight" else prefix + bare] = tensor
+        is_head = bare.startswith(huggingface_names.HEAD_PREFIXES)
+        stored[bare if is_head else prefix + bare] = tensor
   return stored
 
 
@@ -214,9 +220,9 @@ def _check(
 ) -> None:
   """Raises ValueError unless the tensors are those that the config has."""
   expected = {
-    place.tensor.name.format(layer): place.file_shape
+    place.tensor.name.format(*index): place.file_shape
     for place in places.values()
-    for layer in range(config.num_layers if place.is_stacked else 1)
+    for index in _indices(place.tensor, config)
   }
   shapes = [
     f"{name} is {list(stored[name].shape)}, not {list(shape)}"
@@ -253,45 +259,53 @@ def _outputs(config: ModelConfig, params: Params) -> list[safetensors.Output]:
     if tensor.leaves[0] in places
   ]
 
-  def output(tensor, layer):
+  def output(tensor, index):
     parts = [(places[leaf], leaves[leaf]) for leaf in tensor.leaves]
 
     def fetch():
-      matrices = [
-        _to_host(leaf, layer if place.is_stacked else None).reshape(
-          place.matrix_shape
+      arrays = [
+        _to_host(leaf, index).reshape(
+          place.shape if tensor.by_head else place.matrix_shape
         )
         for place, leaf in parts
       ]
-      joined = np.concatenate(matrices, axis=-1)
-      return joined.T if tensor.transposed else joined
+      return huggingface_names.join(tensor, arrays)
 
     place, leaf = parts[0]
-    name = tensor.name.format(layer)
+    name = tensor.name.format(*index)
     return safetensors.Output(
       name, place.file_shape, np.dtype(leaf.dtype), fetch
     )
 
-  return [
-    output(tensor, layer)
-    for is_stacked in (False, True)
-    for layer in range(config.num_layers if is_stacked else 1)
+  by_layer = [
+    (index[:1], output(tensor, index))
     for tensor in tensors
-    if ("{}" in tensor.name) == is_stacked
+    for index in _indices(tensor, config)
   ]
+  return [output for _, output in sorted(by_layer, key=lambda x: x[0])]
+
+
+def _indices(
+  tensor: huggingface_names.Tensor, config: ModelConfig
+) -> Iterator[tuple[int, ...]]:
+  """Returns the layers, and experts, for each of which there is a tensor."""
+  sizes = (config.num_layers, config.num_experts)[: tensor.num_stacked]
+  return itertools.product(*map(range, sizes))
 
 
 @jax.jit
-def _layer(leaf: jax.Array, layer: jax.Array) -> jax.Array:
-  """Returns one layer of a stacked parameter; compiled once for them all."""
-  return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+def _part(leaf: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
+  """Returns what stands at an index; compiled once for them all."""
+  for i in index:
+    leaf = jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False)
+  return leaf
 
 
-def _to_host(leaf: jax.Array, layer: int | None) -> np.ndarray:
-  """Returns the whole parameter, or one layer of it, on every process."""
-  if layer is not None:
-    with jax.transfer_guard("allow"):  # The layer's number is on the host.
-      leaf = _layer(leaf, layer)
+def _to_host(leaf: jax.Array, index: tuple[int, ...]) -> np.ndarray:
+  """Returns a parameter, or its part at a layer, on every process."""
+  if index:
+    with jax.transfer_guard("allow"):  # The index is on the host.
+      leaf = _part(leaf, index)
   if leaf.is_fully_addressable:
     return jax.device_get(leaf)
   return multihost_utils.process_allgather(leaf, tiled=True)

@@ -2,11 +2,99 @@
 
 from typing import Any
 
+from dpo_jax.models import config as model_config
 from dpo_jax.models.config import ModelConfig, RopeScaling
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel"}
+ARCHITECTURES = {
+  "llama": "LlamaForCausalLM",
+  "gpt2": "GPT2LMHeadModel",
+  "gptj": "GPTJForCausalLM",
+  "gpt_neox": "GPTNeoXForCausalLM",
+  "mistral": "MistralForCausalLM",
+  "mixtral": "MixtralForCausalLM",
+  "qwen2": "Qwen2ForCausalLM",
+  "qwen3": "Qwen3ForCausalLM",
+  "gemma": "GemmaForCausalLM",
+  "gemma2": "Gemma2ForCausalLM",
+  "gemma3_text": "Gemma3ForCausalLM",
+  "phi3": "Phi3ForCausalLM",
+  "olmo2": "Olmo2ForCausalLM",
+}
 
-# Our activations by their names in a config.json; the first is written.
+_GPT2 = {
+  "vocab_size": "vocab_size",
+  "num_layers": "n_layer",
+  "d_model": "n_embd",
+  "d_mlp": "n_inner",
+  "num_heads": "n_head",
+  "norm_eps": "layer_norm_epsilon",
+  "max_positions": "n_positions",
+  "activation": "activation_function",
+  "tied": "tie_word_embeddings",
+}
+_PHI = {
+  "vocab_size": "vocab_size",
+  "num_layers": "num_hidden_layers",
+  "d_model": "hidden_size",
+  "d_mlp": "intermediate_size",
+  "num_heads": "num_attention_heads",
+  "num_kv_heads": "num_key_value_heads",
+  "norm_eps": "rms_norm_eps",
+  "max_positions": "max_position_embeddings",
+  "activation": "hidden_act",
+  "tied": "tie_word_embeddings",
+}
+_LLAMA = _PHI | {"head_width": "head_dim"}
+_WINDOW = {"window": "sliding_window"}
+_GEMMA3 = (
+  _LLAMA
+  | _WINDOW
+  | {
+    "activation": "hidden_activation",
+    "query_scalar": "query_pre_attn_scalar",
+    "logit_soft_cap": "final_logit_softcapping",
+  }
+)
+
+# Our fields by their key in a family's config.json.
+KEYS: dict[str, dict[str, str]] = {
+  "llama": _LLAMA,
+  "gpt2": _GPT2,
+  "gptj": _GPT2 | {"rotary_width": "rotary_dim"},
+  "gpt_neox": {
+    field: "layer_norm_eps" if field == "norm_eps" else key
+    for field, key in _PHI.items()
+    if field != "num_kv_heads"
+  },
+  "mistral": _LLAMA | _WINDOW,
+  "mixtral": _LLAMA
+  | _WINDOW
+  | {
+    "num_experts": "num_local_experts",
+    "experts_per_token": "num_experts_per_tok",
+  },
+  "qwen2": _PHI | _WINDOW,
+  "qwen3": _LLAMA | _WINDOW,
+  "gemma": _LLAMA,
+  "gemma2": _GEMMA3 | {"attention_soft_cap": "attn_logit_softcapping"},
+  "gemma3_text": _GEMMA3,
+  "phi3": _PHI | _WINDOW,
+  "olmo2": _PHI,
+}
+REQUIRED = (
+  *("vocab_size", "num_layers", "d_model", "d_mlp"),
+  *("num_heads", "norm_eps", "max_positions"),
+)
+# Null is a value of these, and the family's default elsewhere.
+NULLABLE = ("window", "attention_soft_cap", "logit_soft_cap")
+
+# Families whose layers may differ, and those whose heads may turn in part.
+LAYER_TYPES = {"sliding_attention": True, "full_attention": False}
+LAYERED = ("qwen2", "qwen3", "gemma2", "gemma3_text")
+PARTIAL = {"gpt_neox": "rotary_pct", "phi3": "partial_rotary_factor"}
+
+# Our activations by their names in a config.json; the first is written, or
+# the second for Gemma.
 ACTIVATIONS = {
   "silu": ("silu", "swish"),
   "gelu_tanh": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"),
@@ -15,18 +103,25 @@ ACTIVATIONS = {
 
 # Settings that the decoder does not have, with the value (the default too)
 # that leaves them out. Dropout is not among them: we train without it.
-UNSUPPORTED = {
-  "llama": {
-    "attention_bias": False,
-    "mlp_bias": False,
-    "pretraining_tp": 1,
-    "partial_rotary_factor": 1.0,
-  },
+_NO_BIAS = {"attention_bias": False}
+_CAUSAL = _NO_BIAS | {"use_bidirectional_attention": False}
+UNSUPPORTED: dict[str, dict[str, Any]] = {
+  "llama": _NO_BIAS
+  | {"mlp_bias": False, "pretraining_tp": 1, "partial_rotary_factor": 1.0},
   "gpt2": {
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
   },
+  "gptj": {"scale_attn_weights": True},
+  "gpt_neox": {"attention_bias": True},
+  "mixtral": {"router_jitter_noise": 0.0},
+  "qwen3": _NO_BIAS,
+  "gemma": _CAUSAL,
+  "gemma2": _CAUSAL,
+  "gemma3_text": _CAUSAL | {"attn_logit_softcapping": None},
+  "phi3": _NO_BIAS,
+  "olmo2": _NO_BIAS | {"clip_qkv": None},
 }
 
 
@@ -40,71 +135,41 @@ def parse(values: dict[str, Any]) -> ModelConfig:
     ValueError: an architecture or a setting that the decoder does not have.
   """
   family = values.get("model_type")
-  readers = {"llama": _llama_fields, "gpt2": _gpt2_fields}
-  if family not in readers:
+  if family not in KEYS:
     raise ValueError(
-      f"unknown architecture {family!r}; known: {', '.join(readers)}"
+      f"unknown architecture {family!r}; known: {', '.join(KEYS)}"
     )
-  for name, supported in UNSUPPORTED[family].items():
-    if values.get(name, supported) != supported:
+  for name, supported in UNSUPPORTED.get(family, {}).items():
+    if values.get(name) not in (None, supported):
       raise ValueError(
         f"{name}={values[name]!r} is not supported, only {supported!r}"
       )
+  fields = {
+    field: values[key]
+    for field, key in KEYS[family].items()
+    if key in values and (values[key] is not None or field in NULLABLE)
+  }
+  for field in REQUIRED:
+    key = KEYS[family][field]
+    if field not in fields and key != "n_inner":
+      raise ValueError(f"{key!r} is missing")
   try:
-    return ModelConfig(family=family, **readers[family](values))
+    if "activation" in fields:
+      fields["activation"] = _activation(family, fields["activation"])
+    if model_config.FAMILIES[family]["positions"] == "rotary":
+      fields |= _rope_fields(family, values, fields)
+    fields |= _window_fields(family, values, fields)
   except KeyError as error:
     raise ValueError(f"{error} is missing") from error
+  if family == "gpt_neox" and not values.get("use_parallel_residual", True):
+    fields["residual"] = "sequential"
+  return model_config.of_family(family, **fields)
 
 
-def _llama_fields(values: dict[str, Any]) -> dict[str, Any]:
-  """Returns the fields of a Llama's ModelConfig."""
-  num_heads = values["num_attention_heads"]
-  rope_theta, rope_scaling = _rope(values)
-  return {
-    "vocab_size": values["vocab_size"],
-    "num_layers": values["num_hidden_layers"],
-    "d_model": values["hidden_size"],
-    "d_mlp": values["intermediate_size"],
-    "num_heads": num_heads,
-    "num_kv_heads": values.get("num_key_value_heads") or num_heads,
-    "head_width": values.get("head_dim") or values["hidden_size"] // num_heads,
-    "norm": "rms",
-    "norm_eps": values["rms_norm_eps"],
-    "positions": "rotary",
-    "rope_theta": rope_theta,
-    "rope_scaling": rope_scaling,
-    "max_positions": values["max_position_embeddings"],
-    "activation": _activation(values.get("hidden_act", "silu")),
-    "gated": True,
-    "bias": False,
-    "tied": values.get("tie_word_embeddings", False),
-  }
-
-
-def _gpt2_fields(values: dict[str, Any]) -> dict[str, Any]:
-  """Returns the fields of a GPT-2's ModelConfig."""
-  d_model, num_heads = values["n_embd"], values["n_head"]
-  return {
-    "vocab_size": values["vocab_size"],
-    "num_layers": values["n_layer"],
-    "d_model": d_model,
-    "d_mlp": values.get("n_inner") or 4 * d_model,
-    "num_heads": num_heads,
-    "num_kv_heads": num_heads,
-    "head_width": d_model // num_heads,
-    "norm": "layer",
-    "norm_eps": values["layer_norm_epsilon"],
-    "positions": "learned",
-    "max_positions": values["n_positions"],
-    "activation": _activation(values["activation_function"]),
-    "gated": False,
-    "bias": True,
-    "tied": values.get("tie_word_embeddings", True),
-  }
-
-
-def _activation(name: str) -> str:
+def _activation(family: str, name: str) -> str:
   """Returns our name of an activation."""
+  if family == "gemma" and name == "gelu":
+    return "gelu_tanh"  # What the first files say, and do not mean.
   for ours, theirs in ACTIVATIONS.items():
     if name in theirs:
       return ours
@@ -112,20 +177,49 @@ def _activation(name: str) -> str:
   raise ValueError(f"unknown activation {name!r}; known: {known}")
 
 
-def _rope(values: dict[str, Any]) -> tuple[float, RopeScaling | None]:
-  """Returns theta and the scaling, as transformers 4 or 5 write them."""
+def _rope_fields(
+  family: str, values: dict[str, Any], fields: dict[str, Any]
+) -> dict[str, Any]:
+  """Returns what turns how far, as transformers 4 or 5 write it."""
   rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-  theta = rope.get("rope_theta", values.get("rope_theta", 10_000.0))
-  kind = rope.get("rope_type", rope.get("type", "default"))
-  if rope.get("partial_rotary_factor", 1.0) != 1.0:
+  local = rope.get("sliding_attention") or {}
+  rope = rope.get("full_attention", rope)
+  if local.get("rope_type", "default") != "default":
+    raise ValueError(
+      f"rope_type {local['rope_type']!r} of sliding layers is not supported,"
+      " only 'default'"
+    )
+  found = {"rope_scaling": _rope_scaling(rope)}
+  key = "rotary_emb_base" if family == "gpt_neox" else "rope_theta"
+  if (theta := rope.get("rope_theta", values.get(key))) is not None:
+    found["rope_theta"] = theta
+  local_key = "rope_local_base_freq"
+  if theta := local.get("rope_theta", values.get(local_key)):
+    found["local_rope_theta"] = theta
+  default = 0.25 if family == "gpt_neox" else 1.0
+  key = PARTIAL.get(family, "partial_rotary_factor")
+  part = rope.get("partial_rotary_factor", values.get(key, default))
+  if family not in PARTIAL and part != 1.0:
     raise ValueError("partial_rotary_factor is not supported, only 1.0")
+  if part != 1.0:
+    head_width = fields["d_model"] // fields["num_heads"]
+    found["rotary_width"] = int(head_width * part)
+  return found
+
+
+def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
+  """Returns the scaling of global layers."""
+  kind = rope.get("rope_type", rope.get("type", "default"))
   if kind == "default":
-    return theta, None
+    return None
+  if kind == "linear":
+    return RopeScaling(rope["factor"])
   if kind != "llama3":
     raise ValueError(
-      f"unknown rope_type {kind!r} of rotary scaling; known: default, llama3"
+      f"unknown rope_type {kind!r} of rotary scaling; known: default, llama3,"
+      " linear"
     )
-  return theta, RopeScaling(
+  return RopeScaling(
     factor=rope["factor"],
     low_freq_factor=rope["low_freq_factor"],
     high_freq_factor=rope["high_freq_factor"],
@@ -133,44 +227,76 @@ def _rope(values: dict[str, Any]) -> tuple[float, RopeScaling | None]:
   )
 
 
+def _window_fields(
+  family: str, values: dict[str, Any], fields: dict[str, Any]
+) -> dict[str, Any]:
+  """Returns the window and which layers slide, where it is told."""
+  none = {"window": None, "sliding": ()}
+  default = model_config.FAMILIES[family].get("window")
+  if fields.get("window", default) is None:
+    return none
+  if family in ("qwen2", "qwen3") and not values.get("use_sliding_window"):
+    return none
+  num_layers = fields["num_layers"]
+  kinds = values.get("layer_types") if family in LAYERED else None
+  if kinds:
+    if unknown := set(kinds) - set(LAYER_TYPES):
+      raise ValueError(
+        f"unknown layer type {min(unknown)!r}; known: {', '.join(LAYER_TYPES)}"
+      )
+    sliding = tuple(LAYER_TYPES[kind] for kind in kinds)
+  elif "max_window_layers" in values:
+    first = values["max_window_layers"]
+    sliding = tuple(layer >= first for layer in range(num_layers))
+  else:
+    period = values.get("sliding_window_pattern")
+    sliding = model_config.sliding_layers(family, num_layers, period)
+  return {"sliding": sliding} if any(sliding) else none
+
+
 def render(config: ModelConfig) -> dict[str, Any]:
   """Returns config.json, in the form of transformers 4, which 5 reads too."""
+  family = config.family
+  is_gemma = family.startswith("gemma")
   values = {
-    "architectures": [ARCHITECTURES[config.family]],
-    "model_type": config.family,
+    "architectures": [ARCHITECTURES[family]],
+    "model_type": family,
     "torch_dtype": config.param_dtype,
-    "vocab_size": config.vocab_size,
-    "tie_word_embeddings": config.tied,
+    **{key: getattr(config, field) for field, key in KEYS[family].items()},
   }
-  activation = ACTIVATIONS[config.activation][0]
-  if config.family == "gpt2":
-    return values | {
-      "n_embd": config.d_model,
-      "n_inner": config.d_mlp,
-      "n_layer": config.num_layers,
-      "n_head": config.num_heads,
-      "n_positions": config.max_positions,
-      "layer_norm_epsilon": config.norm_eps,
-      "activation_function": activation,
-    }
+  values[KEYS[family]["activation"]] = ACTIVATIONS[config.activation][is_gemma]
+  if family in LAYERED:
+    kinds = {slides: kind for kind, slides in LAYER_TYPES.items()}
+    sliding = config.sliding or (False,) * config.num_layers
+    values["layer_types"] = [kinds[slides] for slides in sliding]
+  if family in ("qwen2", "qwen3"):
+    values["use_sliding_window"] = config.window is not None
+  if family == "gpt_neox":
+    values["use_parallel_residual"] = config.residual == "parallel"
+  if config.positions == "rotary" and family != "gptj":
+    values |= _render_rope(config)
+  return values
+
+
+def _render_rope(config: ModelConfig) -> dict[str, Any]:
+  """Returns the keys of config.json that say what turns how far."""
   scaling = config.rope_scaling
-  return values | {
-    "hidden_size": config.d_model,
-    "intermediate_size": config.d_mlp,
-    "num_hidden_layers": config.num_layers,
-    "num_attention_heads": config.num_heads,
-    "num_key_value_heads": config.num_kv_heads,
-    "head_dim": config.head_width,
-    "rms_norm_eps": config.norm_eps,
-    "hidden_act": activation,
-    "max_position_embeddings": config.max_positions,
-    "rope_theta": config.rope_theta,
-    "rope_scaling": scaling
-    and {
+  rope = None
+  if scaling:
+    rope = {"rope_type": "linear", "factor": scaling.factor}
+  if scaling and scaling.low_freq_factor is not None:
+    rope |= {
       "rope_type": "llama3",
-      "factor": scaling.factor,
       "low_freq_factor": scaling.low_freq_factor,
       "high_freq_factor": scaling.high_freq_factor,
       "original_max_position_embeddings": scaling.original_max_positions,
-    },
-  }
+    }
+  is_neox = config.family == "gpt_neox"
+  key = "rotary_emb_base" if is_neox else "rope_theta"
+  values = {key: config.rope_theta, "rope_scaling": rope}
+  if config.local_rope_theta is not None:
+    values["rope_local_base_freq"] = config.local_rope_theta
+  if config.family in PARTIAL:
+    width = config.rotary_width or config.head_width
+    values[PARTIAL[config.family]] = width / config.head_width
+  return values

@@ -5,6 +5,7 @@ whole heads.
 """
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -26,19 +27,31 @@ ACTIVATIONS = {
 }
 
 
-def rotary_frequencies(config: ModelConfig) -> Float[Array, "half"]:
+def rotary_frequencies(
+  config: ModelConfig, *, local: bool = False
+) -> Float[Array, "half"]:
   """Returns the angle in radians by which each pair turns per position.
 
   With `rope_scaling`, wavelengths that the trained length holds fewer than
   `low_freq_factor` times are stretched by `factor`, those it holds more than
   `high_freq_factor` times are kept, and those between are interpolated
   linearly in that count (Llama 3.1; Grattafiori et al. 2024, arXiv 2407.21783).
+  Without those two, all are stretched.
+
+  Args:
+    config: the model.
+    local: of sliding layers that have a theta of their own, unscaled.
   """
-  exponents = jnp.arange(0, config.head_width, 2, dtype=jnp.float32)
-  frequencies = config.rope_theta ** (-exponents / config.head_width)
+  width = config.rotary_width or config.head_width
+  exponents = jnp.arange(0, width, 2, dtype=jnp.float32)
+  if local:
+    return config.local_rope_theta ** (-exponents / width)
+  frequencies = config.rope_theta ** (-exponents / width)
   scaling = config.rope_scaling
   if scaling is None:
     return frequencies
+  if scaling.low_freq_factor is None:
+    return frequencies / scaling.factor
   turns = scaling.original_max_positions * frequencies / (2 * math.pi)
   kept = (turns - scaling.low_freq_factor) / (
     scaling.high_freq_factor - scaling.low_freq_factor
@@ -49,23 +62,58 @@ def rotary_frequencies(config: ModelConfig) -> Float[Array, "half"]:
 
 @typed
 def rotary_angles(
-  config: ModelConfig, positions: Int[Array, "R T"]
+  config: ModelConfig, positions: Int[Array, "R T"], *, local: bool = False
 ) -> Float[Array, "R T half"]:
   """Returns the float32 angle of each pair of a head at each position."""
-  frequencies = rotary_frequencies(config)
+  frequencies = rotary_frequencies(config, local=local)
   return positions.astype(jnp.float32)[..., None] * frequencies[None, None]
 
 
 @typed
 def rotate(
-  x: Float[Array, "R T N H"], angles: Float[Array, "R T half"]
+  x: Float[Array, "R T N H"],
+  angles: Float[Array, "R T half"],
+  pairs: str = "halves",
 ) -> Float[Array, "R T N H"]:
-  """Returns x with elements i and i + H/2 of every head turned by angle i."""
+  """Returns x with pair i of every head turned by angle i.
+
+  Pair i is elements i and i + W/2 of the first W of a head, or elements 2i
+  and 2i + 1 where `pairs` is "neighbours" (GPT-J); W is twice the number of
+  angles, and the other elements stay.
+  """
   cos = jnp.cos(angles)[:, :, None]
   sin = jnp.sin(angles)[:, :, None]
-  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  width = 2 * angles.shape[-1]
+  turning, rest = x[..., :width].astype(jnp.float32), x[..., width:]
+  if pairs == "halves":
+    first, second = jnp.split(turning, 2, axis=-1)
+    join = jnp.concatenate
+  else:
+    first, second = turning[..., ::2], turning[..., 1::2]
+    join = lambda parts, axis: jnp.stack(parts, axis).reshape(turning.shape)
   turned = (first * cos - second * sin, second * cos + first * sin)
-  return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+  turned = join(turned, axis=-1).astype(x.dtype)
+  return jnp.concatenate([turned, rest], axis=-1) if rest.size else turned
+
+
+class RMSNormPlusOne(nn.Module):
+  """RMSNorm that multiplies by one plus its scale (Gemma)."""
+
+  epsilon: float
+  dtype: jnp.dtype
+  param_dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Returns x in `dtype`, normalised over its last axis."""
+    shape = (x.shape[-1],)
+    scale = self.param("scale", nn.initializers.zeros, shape, self.param_dtype)
+    x = x.astype(jnp.float32)
+    mean_square = jnp.mean(x * x, axis=-1, keepdims=True)
+    scale = jnp.expand_dims(1.0 + scale.astype(jnp.float32), range(x.ndim - 1))
+    return (x * jax.lax.rsqrt(mean_square + self.epsilon) * scale).astype(
+      self.dtype
+    )
 
 
 def make_norm(config: ModelConfig, name: str) -> nn.Module:
@@ -78,8 +126,26 @@ def make_norm(config: ModelConfig, name: str) -> nn.Module:
   }
   if config.norm == "rms":
     return nn.RMSNorm(**settings)
+  if config.norm == "rms_plus_one":
+    return RMSNormPlusOne(**settings)
   # The fast variance, E[x^2] - E[x]^2, cancels where the mean is large.
-  return nn.LayerNorm(use_fast_variance=False, use_bias=config.bias, **settings)
+  use_bias = "norm" in config.biases
+  return nn.LayerNorm(use_fast_variance=False, use_bias=use_bias, **settings)
+
+
+def make_head_norm(config: ModelConfig, name: str) -> nn.Module:
+  """Returns the norm of queries or keys [R,T,N,H]."""
+  if config.qk_norm == "head":
+    return make_norm(config, f"{name}_norm")
+  axes = (-2, -1)
+  return nn.RMSNorm(
+    epsilon=config.norm_eps,
+    dtype=jnp.dtype(config.dtype),
+    param_dtype=jnp.dtype(config.param_dtype),
+    reduction_axes=axes,
+    feature_axes=axes,
+    name=f"{name}_heads_norm",
+  )
 
 
 def make_projection(
@@ -96,16 +162,21 @@ def make_projection(
   how many there are, so that its variance does not grow with depth (Radford
   et al. 2019, section 2.3).
   """
-  scale = (2 * config.num_layers) ** -0.5 if to_residual else 1.0
   return nn.DenseGeneral(
     features,
     axis=axis,
-    use_bias=config.bias,
+    use_bias=name in config.biases,
     dtype=jnp.dtype(config.dtype),
     param_dtype=jnp.dtype(config.param_dtype),
-    kernel_init=nn.initializers.normal(INIT_STDDEV * scale),
+    kernel_init=make_init(config, to_residual=to_residual),
     name=name,
   )
+
+
+def make_init(config: ModelConfig, *, to_residual: bool) -> Any:
+  """Returns what draws a kernel; see `make_projection`."""
+  scale = (2 * config.num_layers) ** -0.5 if to_residual else 1.0
+  return nn.initializers.normal(INIT_STDDEV * scale)
 
 
 class Attention(nn.Module):
@@ -132,9 +203,20 @@ class Attention(nn.Module):
     q, k, v = (
       sharding.constrain(y, "rows", None, "heads", None) for y in (q, k, v)
     )
+    if config.qk_norm != "none":
+      q = make_head_norm(config, "query")(q)
+      k = make_head_norm(config, "key")(k)
     if angles is not None:
-      q, k = rotate(q, angles), rotate(k, angles)
-    out = attention.interval_attention(q, k, v, key_start, key_end)
+      q, k = (rotate(y, angles, config.rotary_pairs) for y in (q, k))
+    out = attention.interval_attention(
+      q,
+      k,
+      v,
+      key_start,
+      key_end,
+      scale=(config.query_scalar or config.head_width) ** -0.5,
+      soft_cap=config.attention_soft_cap,
+    )
     out = sharding.constrain(out, "rows", None, "heads", None)
     return make_projection(
       config, config.d_model, "out", axis=(-2, -1), to_residual=True
@@ -160,25 +242,3 @@ class Mlp(nn.Module):
     return make_projection(config, config.d_model, "down", to_residual=True)(
       hidden
     )
-
-
-class Block(nn.Module):
-  """One layer, in the form that `nn.scan` takes: returns (x, no output)."""
-
-  config: ModelConfig
-
-  @nn.compact
-  def __call__(
-    self,
-    x: jax.Array,
-    angles: jax.Array | None,
-    key_start: jax.Array,
-    key_end: jax.Array,
-  ) -> tuple[jax.Array, None]:
-    config = self.config
-    attended = Attention(config, name="attention")(
-      make_norm(config, "attention_norm")(x), angles, key_start, key_end
-    )
-    x = sharding.constrain(x + attended, "rows", None, None)
-    x = x + Mlp(config, name="mlp")(make_norm(config, "mlp_norm")(x))
-    return sharding.constrain(x, "rows", None, None), None

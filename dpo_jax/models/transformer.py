@@ -4,6 +4,7 @@ The blocks are one `nn.scan` over parameters stacked on a leading layer axis,
 so compile time does not grow with depth.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -12,9 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int, PRNGKeyArray
 
 from dpo_jax import sharding
-from dpo_jax.models import layers
+from dpo_jax.models import layers, moe
 from dpo_jax.models.config import ModelConfig
-from dpo_jax.types import Array, Params, typed
+from dpo_jax.types import Array, Params, Unembedding, typed
 
 # What each dimension of a parameter is laid over, by the last two names of its
 # path; the leading layer axis of a block's parameters is not listed. A norm
@@ -23,6 +24,7 @@ AXES = {
   ("embedding",): ("vocab", "embed"),
   ("position_embedding",): (None, "embed"),
   ("head",): ("vocab", "embed"),
+  ("head_bias",): ("vocab",),
   ("query", "kernel"): ("embed", "heads", None),
   ("query", "bias"): ("heads", None),
   ("key", "kernel"): ("embed", "heads", None),
@@ -37,12 +39,12 @@ AXES = {
   ("gate", "bias"): ("mlp",),
   ("down", "kernel"): ("mlp", "embed"),
   ("down", "bias"): (None,),
-  ("attention_norm", "scale"): (None,),
-  ("attention_norm", "bias"): (None,),
-  ("mlp_norm", "scale"): (None,),
-  ("mlp_norm", "bias"): (None,),
-  ("final_norm", "scale"): (None,),
-  ("final_norm", "bias"): (None,),
+  ("query_heads_norm", "scale"): ("heads", None),
+  ("key_heads_norm", "scale"): ("heads", None),
+  ("mlp", "router"): ("embed", None),
+  ("mlp", "expert_up"): ("experts", "embed", "mlp"),
+  ("mlp", "expert_gate"): ("experts", "embed", "mlp"),
+  ("mlp", "expert_down"): ("experts", "mlp", "embed"),
 }
 
 # Which outputs of a block are kept for its backward pass.
@@ -50,6 +52,64 @@ REMAT_POLICIES = {
   "full": jax.checkpoint_policies.nothing_saveable,
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+
+class Block(nn.Module):
+  """One layer, in the form that `nn.scan` takes: returns (x, no output)."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    x: jax.Array,
+    slides: jax.Array | None,
+    angles: jax.Array | None,
+    key_start: jax.Array,
+    key_end: jax.Array,
+  ) -> tuple[jax.Array, None]:
+    """Returns [R,T,D].
+
+    Args:
+      x: [R,T,D].
+      slides: i32[], whether this layer is a sliding one; None: none is.
+      angles: [R,T,half], or None where positions are learned.
+      key_start: i32[R,T]. Where layers slide, this and `angles` have a leading
+        axis: of a global layer, and of a sliding one.
+      key_end: i32[R,T].
+    """
+    config = self.config
+    if slides is not None:
+      angles, key_start = jax.tree.map(
+        lambda y: jax.lax.dynamic_index_in_dim(y, slides, keepdims=False),
+        (angles, key_start),
+      )
+    is_first = config.norms != "output"
+    is_last = config.norms != "input"
+    before = lambda name, y: (
+      layers.make_norm(config, name)(y) if is_first else y
+    )
+    after = lambda name, y: layers.make_norm(config, name)(y) if is_last else y
+    feed_forward = moe.Experts if config.num_experts else layers.Mlp
+    feed_forward = feed_forward(config, name="mlp")
+    normed = before("attention_norm", x)
+    attended = layers.Attention(config, name="attention")(
+      normed, angles, key_start, key_end
+    )
+    attended = after("attention_post_norm", attended)
+    if config.residual == "parallel_one_norm":
+      return self._add(x, attended, feed_forward(normed)), None
+    if config.residual == "parallel":
+      normed = before("mlp_norm", x)
+      return self._add(x, attended, feed_forward(normed)), None
+    x = self._add(x, attended)
+    hidden = feed_forward(before("mlp_norm", x))
+    return self._add(x, after("mlp_post_norm", hidden)), None
+
+  def _add(self, *terms: jax.Array) -> jax.Array:
+    """Returns the residual stream after these additions."""
+    total = functools.reduce(jnp.add, terms)
+    return sharding.constrain(total, "rows", None, None)
 
 
 class Decoder(nn.Module):
@@ -79,9 +139,14 @@ class Decoder(nn.Module):
       angles = layers.rotary_angles(config, positions)
     if not config.tied:
       self._table("head", table_shape)
+    if "head" in config.biases:
+      shape, dtype = (config.vocab_size,), jnp.dtype(config.param_dtype)
+      self.param("head_bias", nn.initializers.zeros, shape, dtype)
     x = x.astype(config.dtype)
+    if config.scaled_embedding:
+      x = x * jnp.asarray(config.d_model**0.5, x.dtype)
     x = sharding.constrain(x, "rows", None, None)
-    block = layers.Block
+    block = Block
     if config.remat != "none":
       # Inside a scan nothing can be merged with the forward pass.
       block = nn.remat(
@@ -91,16 +156,35 @@ class Decoder(nn.Module):
       block,
       variable_axes={"params": 0},
       split_rngs={"params": True},
-      in_axes=nn.broadcast,
+      in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
       length=config.num_layers,
     )
-    x, _ = blocks(config, name="blocks")(x, angles, key_start, key_end)
+    slides = None
+    if config.window is not None:
+      slides = jnp.array(config.sliding, jnp.int32)
+      angles, key_start = _with_local(config, positions, angles, key_start)
+    x, _ = blocks(config, name="blocks")(x, slides, angles, key_start, key_end)
     return layers.make_norm(config, "final_norm")(x)
 
   def _table(self, name: str, shape: tuple[int, int]) -> jax.Array:
     """Returns the parameter `name`, a table of vectors."""
     init = nn.initializers.normal(layers.INIT_STDDEV)
     return self.param(name, init, shape, jnp.dtype(self.config.param_dtype))
+
+
+def _with_local(
+  config: ModelConfig,
+  positions: jax.Array,
+  angles: jax.Array,
+  key_start: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns angles and first keys of global layers, and of sliding ones."""
+  local_angles = angles
+  if config.local_rope_theta is not None:
+    local_angles = layers.rotary_angles(config, positions, local=True)
+  index = jnp.arange(positions.shape[1])[None]
+  local_start = jnp.maximum(key_start, index - config.window + 1)
+  return jnp.stack([angles, local_angles]), jnp.stack([key_start, local_start])
 
 
 def _look_up(table: jax.Array, indices: jax.Array) -> jax.Array:
@@ -118,7 +202,7 @@ def init_params(config: ModelConfig, rng: PRNGKeyArray) -> Params:
   """Returns new parameters in `config.param_dtype`, blocks stacked [L,...].
 
   Weights are normal with deviation 0.02 (those that add to the residual
-  stream divided by sqrt(2 L)), norms one, biases zero.
+  stream divided by sqrt(2 L)), norms multiply by one, biases are zero.
   """
   nothing = jnp.zeros((1, 1), jnp.int32)
   return Decoder(config).init(rng, nothing, nothing, nothing, nothing)["params"]
@@ -138,7 +222,8 @@ def logical_axes(config: ModelConfig) -> dict[str, Any]:
 
   def axes_of(path, leaf):
     names = tuple(entry.key for entry in path)
-    axes = AXES[names[-2:]]
+    is_norm = len(names) > 1 and names[-2].endswith("_norm")
+    axes = AXES.get(names[-2:], (None,)) if is_norm else AXES[names[-2:]]
     return (None,) * (len(leaf.shape) - len(axes)) + axes
 
   return jax.tree_util.tree_map_with_path(axes_of, param_shapes(config))
@@ -161,18 +246,24 @@ def hidden_states(
     tokens: token ids below `config.vocab_size`; others give NaN.
     positions: position ids; with learned positions, those from
       `config.max_positions` on give NaN.
-    key_start: the first key of the row that each token sees.
+    key_start: the first key of the row that each token sees. A sliding layer
+      cuts it to the last `config.window` indices up to the token's own, so
+      a sequence that is longer must stand in reading order.
     key_end: the key after the last; no more than `key_start` for padding,
       whose state is finite and means nothing.
 
   Returns:
-    States in `config.dtype`; times `unembedding`, they are logits.
+    States in `config.dtype`; `unembedding` turns them into logits.
   """
   return Decoder(config).apply(
     {"params": params}, tokens, positions, key_start, key_end
   )
 
 
-def unembedding(config: ModelConfig, params: Params) -> Float[Array, "V D"]:
-  """Returns the table whose product with a state is its logits, as stored."""
-  return params["embedding"] if config.tied else params["head"]
+def unembedding(config: ModelConfig, params: Params) -> Unembedding:
+  """Returns what turns a state into logits, parameters as stored."""
+  return Unembedding(
+    table=params["embedding"] if config.tied else params["head"],
+    bias=params.get("head_bias"),
+    soft_cap=config.logit_soft_cap,
+  )

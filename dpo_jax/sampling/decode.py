@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax import sharding
-from dpo_jax.types import Params
+from dpo_jax.types import Params, Unembedding
 
 # Prompts are padded to a multiple of this, so few lengths are ever compiled.
 PROMPT_LENGTH_MULTIPLE = 4
@@ -16,7 +16,7 @@ PROMPT_LENGTH_MULTIPLE = 4
 
 def sample(
   hidden_fn: Callable[..., jax.Array],
-  unembedding_fn: Callable[[Params], jax.Array],
+  unembedding_fn: Callable[[Params], Unembedding],
   params: Params,
   prompts: Sequence[Sequence[int]],
   *,
@@ -35,7 +35,7 @@ def sample(
   Args:
     hidden_fn: (params, tokens, positions, key_start, key_end) -> [R,T,D].
       Compiled once per function object: pass the same one again.
-    unembedding_fn: params -> [V,D].
+    unembedding_fn: params -> what turns states into logits.
     params: what both functions take.
     prompts: token ids, of any lengths above 0. The longest, rounded up to a
       multiple of 4, and `max_new_tokens` must fit the model's positions.
@@ -87,7 +87,7 @@ def sample(
 )
 def _sample_rows(
   hidden_fn: Callable[..., jax.Array],
-  unembedding_fn: Callable[[Params], jax.Array],
+  unembedding_fn: Callable[[Params], Unembedding],
   params: Params,
   prompts: jax.Array,  # i32[R,P]  prompts from the left, then padding
   lengths: jax.Array,  # i32[R]  of the prompts; 0 is an unused row
@@ -119,12 +119,7 @@ def _sample_rows(
     step, tokens, responses, ended = carry
     hidden = hidden_fn(params, tokens, positions, key_start, key_end)
     last = hidden[rows, jnp.maximum(lengths + step - 1, 0)]
-    logits = jnp.einsum(
-      "rd,vd->rv",
-      last,
-      unembedding.astype(last.dtype),
-      preferred_element_type=jnp.float32,
-    )
+    logits = unembedding.logits(last)
     keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, step)
     chosen = _choose(keys, logits, temperature)
     chosen = jnp.where(ended, eos_id, chosen)

@@ -50,8 +50,7 @@ def _logits(config, params, tokens):
     states = transformer.hidden_states(
       config, params, tokens, positions, positions * 0, positions + 1
     )
-    table = transformer.unembedding(config, params)
-    return jnp.einsum("rtd,vd->rtv", states, table)
+    return transformer.unembedding(config, params).logits(states)
 
   return np.asarray(logits(params))
 
@@ -301,8 +300,8 @@ def test_long_lists_of_tensors_are_cut(tmp_path):
       "unknown rope_type 'yarn' of rotary scaling; known: default, llama3",
     ),
     (
-      {"rope_parameters": None, "rope_scaling": {"type": "linear"}},
-      "unknown rope_type 'linear'",
+      {"rope_parameters": None, "rope_scaling": {"type": "dynamic"}},
+      "unknown rope_type 'dynamic'",
     ),
     (
       {"rope_parameters": {"rope_type": "llama3", "factor": 2.0}},

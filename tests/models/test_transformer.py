@@ -146,9 +146,10 @@ def test_scan_equals_a_loop_over_layers(model):
     x = x + params["position_embedding"][positions]
   else:
     angles = layers.rotary_angles(config, positions)
+  block_fn = transformer.Block(config)
   for layer in range(config.num_layers):
     block = jax.tree.map(lambda leaf: leaf[layer], params["blocks"])  # noqa: B023
-    x, _ = layers.Block(config).apply({"params": block}, x, angles, start, end)
+    x, _ = block_fn.apply({"params": block}, x, None, angles, start, end)
   norm = layers.make_norm(config, "final_norm")
   x = norm.apply({"params": params["final_norm"]}, x)
   np.testing.assert_allclose(
@@ -243,11 +244,12 @@ def test_parameters_are_kept_in_their_dtype(model):
 def test_unembedding_is_the_embedding_only_if_tied():
   config = CONFIGS["llama"]
   params = _init(config)
-  assert transformer.unembedding(config, params) is params["head"]
+  assert transformer.unembedding(config, params).table is params["head"]
   tied = dataclasses.replace(config, tied=True)
   params = _init(tied)
   assert "head" not in params
-  assert transformer.unembedding(tied, params) is params["embedding"]
+  table = transformer.unembedding(tied, params).table
+  assert table is params["embedding"]
 
 
 def test_ids_outside_a_table_give_nan():

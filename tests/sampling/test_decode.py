@@ -11,6 +11,7 @@ from dpo_jax import sharding
 from dpo_jax.models import config as model_config
 from dpo_jax.models import transformer
 from dpo_jax.sampling import decode
+from dpo_jax.types import Unembedding
 
 EOS = 1
 VOCAB = 13
@@ -27,7 +28,7 @@ def _hidden(params, tokens, positions, key_start, key_end):
 
 
 def _unembedding(params):
-  return params["out"]
+  return Unembedding(params["out"])
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ def _fixed(params, tokens, *_):
 def _frequencies(logits, *, num_samples, temperature):
   responses = decode.sample(
     _fixed,
-    lambda params: jnp.eye(5),
+    lambda params: Unembedding(jnp.eye(5)),
     {"state": jnp.array(logits)[None, None]},
     [[0]] * num_samples,
     rng=jax.random.key(3),
@@ -142,7 +143,7 @@ def test_the_loop_stops_when_every_row_has_ended():
   state = jax.nn.one_hot(jnp.array([[EOS]]), 5)
   responses = decode.sample(
     hidden,
-    lambda params: jnp.eye(5),
+    lambda params: Unembedding(jnp.eye(5)),
     {"state": state},
     PROMPTS,
     rng=jax.random.key(0),
@@ -226,7 +227,7 @@ def test_greedy_of_a_transformer_is_the_argmax_of_its_full_forward(decoder):
     tokens[row, : len(prompt + response)] = prompt + response
   index = np.broadcast_to(np.arange(16, dtype=np.int32), tokens.shape)
   hidden = jax.jit(hidden_fn)(params, tokens, index, 0 * index, index + 1)
-  logits = np.asarray(hidden) @ np.asarray(unembedding_fn(params)).T
+  logits = np.asarray(unembedding_fn(params).logits(hidden))
   for row, (prompt, response) in enumerate(zip(PROMPTS, responses)):
     predicted = logits[row].argmax(axis=-1)[len(prompt) - 1 :]
     assert response == predicted[: len(response)].tolist()
