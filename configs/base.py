@@ -42,6 +42,7 @@ def get_config() -> config_dict.ConfigDict:
   config.model.dtype = "auto"  # of matmuls; auto: bfloat16, float32 on CPU
   config.model.param_dtype = "float32"  # of the master weights
   config.model.remat = "none"  # none, dots, full
+  config.model.router_loss = 0.001  # weight of load balancing among experts
   config.model.logprob_chunk = 128  # scored positions a row that meet V at once
 
   config.loss = config_dict.ConfigDict()
@@ -97,6 +98,7 @@ def get_config() -> config_dict.ConfigDict:
   config.mesh.data = 1
   config.mesh.fsdp = -1
   config.mesh.tensor = 1
+  config.mesh.expert = 1  # splits a model's experts, and rows beside them
 
   config.checkpoint = config_dict.ConfigDict()
   config.checkpoint.every = 0  # updates; the end is always saved

@@ -99,6 +99,7 @@ def build(config: ConfigDict) -> Experiment:
       objective=objective,
       chunk_length=config.model.logprob_chunk,
       has_pairs=train_loader.has_pairs,
+      router_loss=config.model.router_loss,
     ),
     shardings=shardings,
     load_policy=_make_load_policy(config, opened, policy, shardings),
@@ -218,6 +219,15 @@ def _fit_policy(config, policy, tokenizer, *, from_scratch):
       f"data.max_length={config.data.max_length}: the model has"
       f" {policy.max_positions} positions"
     )
+  if config.model.router_loss < 0:
+    raise ValueError(
+      f"model.router_loss={config.model.router_loss:g}: must be at least 0"
+    )
+  num_experts, shards = policy.num_experts, config.mesh.expert
+  if shards > 1 and (not num_experts or num_experts % shards):
+    raise ValueError(
+      f"mesh.expert={shards}: must divide the model's {num_experts} experts"
+    )
   return policy
 
 
@@ -292,7 +302,8 @@ def _make_loaders(config, objective, tokenizer, mesh, models):
   if microbatch_rows % shards:
     raise ValueError(
       f"microbatch_rows={microbatch_rows}: must be a multiple of the"
-      f" {shards} devices that rows are split over (mesh.data * mesh.fsdp)"
+      f" {shards} devices that rows are split over (mesh.data * mesh.fsdp *"
+      " mesh.expert)"
     )
   settings = dict(
     microbatch_rows=microbatch_rows,

@@ -4,28 +4,35 @@ This is the only module that names a mesh axis. Models name logical axes
 (`embed`, `heads`, ...); `LOGICAL_AXES` says where those go.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "tensor", "expert")
 
 # Rows are split over every axis that does not split a matrix product.
 LOGICAL_AXES = {
-  "rows": ("data", "fsdp"),
+  "rows": ("data", "fsdp", "expert"),
   "embed": ("fsdp",),
   "heads": ("tensor",),
   "mlp": ("tensor",),
   "vocab": ("tensor",),
-  "experts": (),
+  "experts": ("expert",),
 }
 
 
 def make_mesh(
-  *, data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Any = None
+  *,
+  data: int = 1,
+  fsdp: int = -1,
+  tensor: int = 1,
+  expert: int = 1,
+  devices: Any = None,
 ) -> Mesh:
   """Returns a mesh over all devices; an axis of -1 takes what is left.
 
@@ -33,13 +40,14 @@ def make_mesh(
     data: devices that hold a full copy of the sharded state.
     fsdp: devices that rows, parameters and moments are split over.
     tensor: devices that heads, mlp and vocabulary are split over.
+    expert: devices that experts, and beside them rows, are split over.
     devices: a list of devices; all of them by default.
 
   Raises:
     ValueError: the axes do not multiply to the number of devices.
   """
   devices = jax.devices() if devices is None else devices
-  shape = [data, fsdp, tensor]
+  shape = [data, fsdp, tensor, expert]
   wanted = ", ".join(f"{n}={s}" for n, s in zip(MESH_AXES, shape))
   if any(s < 1 and s != -1 for s in shape) or shape.count(-1) > 1:
     raise ValueError(
@@ -54,7 +62,10 @@ def make_mesh(
       " equal their number"
     )
   return jax.make_mesh(
-    tuple(shape), MESH_AXES, (AxisType.Auto,) * 3, devices=devices
+    tuple(shape),
+    MESH_AXES,
+    (AxisType.Auto,) * len(MESH_AXES),
+    devices=devices,
   )
 
 
@@ -110,6 +121,62 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   return jax.lax.with_sharding_constraint(
     x, partition_spec(mesh, axes, x.shape)
   )
+
+
+def over_experts(
+  fn: Callable[..., jax.Array],
+  arrays: tuple[jax.Array, jax.Array, jax.Array],
+  kernels: tuple[jax.Array, jax.Array, jax.Array],
+) -> jax.Array:
+  """Returns [R,T,D], the sum of `fn` over the shards of experts and mlp.
+
+  Under `jax.set_mesh` every device calls it with the experts that it holds
+  and with the rows of all devices that share its other coordinates: those are
+  gathered over the experts' axis before, and the sums split over it after.
+
+  Args:
+    fn: (x, weights, picked, is_here, kernels) -> f32[R,T,D], where `picked`
+      counts the kernels given, and `is_here` says whether it is one of them.
+    arrays: x [R,T,D], weights f32[R,T,k] and picked i32[R,T,k].
+    kernels: two [E,D,F], one [E,F,D].
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    x, weights, picked = arrays
+    return fn(x, weights, picked, picked >= 0, kernels)
+  rows_spec = partition_spec(mesh, ("rows", None, None), arrays[0].shape)
+  into = partition_spec(mesh, ("experts", None, "mlp"), kernels[0].shape)
+  back = partition_spec(mesh, ("experts", "mlp", None), kernels[2].shape)
+  (axis,) = LOGICAL_AXES["experts"]
+  is_split = into[0] is not None
+  gathers = is_split and rows_spec[0] is not None
+  sums = LOGICAL_AXES["mlp"] if into[2] is not None else ()
+  if is_split and not gathers:
+    sums += (axis,)
+
+  def local(arrays, kernels):
+    if gathers:
+      gather = functools.partial(
+        jax.lax.all_gather, axis_name=axis, axis=0, tiled=True
+      )
+      arrays = jax.tree.map(gather, arrays)
+    x, weights, picked = arrays
+    num_here = len(kernels[0])
+    if is_split:
+      picked = picked - num_here * jax.lax.axis_index(axis)
+    is_here = (0 <= picked) & (picked < num_here)
+    out = fn(x, weights, picked, is_here, kernels)
+    if sums:
+      out = jax.lax.psum(out, sums)
+    if gathers:
+      out = jax.lax.psum_scatter(out, axis, scatter_dimension=0, tiled=True)
+    return out
+
+  return jax.shard_map(
+    local,
+    in_specs=((rows_spec,) * 3, (into, into, back)),
+    out_specs=rows_spec,
+  )(arrays, kernels)
 
 
 def local_rows(mesh: Mesh, num_rows: int) -> tuple[int, int]:

@@ -180,6 +180,8 @@ def write_config(
   """Writes config.json alone; the arguments are those of `save_model`."""
   values = huggingface_config.render(config)
   values |= {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
+  # Some families have a default, which a smaller vocabulary may not hold.
+  values["pad_token_id"] = None
   _write_json(os.path.join(folder, "config.json"), values)
 
 

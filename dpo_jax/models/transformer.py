@@ -90,8 +90,11 @@ class Block(nn.Module):
       layers.make_norm(config, name)(y) if is_first else y
     )
     after = lambda name, y: layers.make_norm(config, name)(y) if is_last else y
-    feed_forward = moe.Experts if config.num_experts else layers.Mlp
-    feed_forward = feed_forward(config, name="mlp")
+    if config.num_experts:
+      experts = moe.Experts(config, name="mlp")
+      feed_forward = lambda y: experts(y, key_start < key_end)
+    else:
+      feed_forward = layers.Mlp(config, name="mlp")
     normed = before("attention_norm", x)
     attended = layers.Attention(config, name="attention")(
       normed, angles, key_start, key_end
@@ -154,7 +157,7 @@ class Decoder(nn.Module):
       )
     blocks = nn.scan(
       block,
-      variable_axes={"params": 0},
+      variable_axes={"params": 0, "routing": 0},
       split_rngs={"params": True},
       in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
       length=config.num_layers,
@@ -205,7 +208,7 @@ def init_params(config: ModelConfig, rng: PRNGKeyArray) -> Params:
   stream divided by sqrt(2 L)), norms multiply by one, biases are zero.
   """
   nothing = jnp.zeros((1, 1), jnp.int32)
-  return Decoder(config).init(rng, nothing, nothing, nothing, nothing)["params"]
+  return Decoder(config).init(rng, *[nothing] * 4)["params"]
 
 
 def param_shapes(config: ModelConfig) -> Params:
@@ -258,6 +261,25 @@ def hidden_states(
   return Decoder(config).apply(
     {"params": params}, tokens, positions, key_start, key_end
   )
+
+
+def hidden_states_and_routing(
+  config: ModelConfig,
+  params: Params,
+  tokens: Int[Array, "R T"],
+  positions: Int[Array, "R T"],
+  key_start: Int[Array, "R T"],
+  key_end: Int[Array, "R T"],
+) -> tuple[jax.Array, moe.Routing]:
+  """Returns `hidden_states` of a model with experts, and what they saw."""
+  states, sown = Decoder(config).apply(
+    {"params": params},
+    *(tokens, positions, key_start, key_end),
+    mutable=["routing"],
+  )
+  num_tokens = jnp.sum(key_start < key_end, dtype=jnp.float32)
+  sums = sown["routing"]["blocks"]["mlp"]
+  return states, moe.Routing(**sums, num_tokens=num_tokens)
 
 
 def unembedding(config: ModelConfig, params: Params) -> Unembedding:

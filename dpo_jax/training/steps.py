@@ -8,6 +8,7 @@ the split into microbatches changes no number.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ import optax
 from dpo_jax.losses import logprobs, modifiers, objectives
 from dpo_jax.losses.registry import PairLogps
 from dpo_jax.models import config as model_config
-from dpo_jax.models import transformer
+from dpo_jax.models import moe, transformer
 from dpo_jax.training import metrics as metrics_lib
 from dpo_jax.training import reference as reference_lib
 from dpo_jax.training import state as state_lib
@@ -35,6 +36,7 @@ class PairScores:
   policy: Array  # f32[B,C]  summed log-probability, nats
   reference: Array | None  # f32[B,C]
   log_weights: Array | None = None  # f32[B]  log of WPO's pair weight
+  routing: moe.Routing | None = None  # of the policy's experts, in training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Scorer:
     objective: the loss with its modifiers.
     chunk_length: scored positions of a row that meet the vocabulary at once.
     has_pairs: whether the data has prompts with two responses.
+    router_loss: weight, at least 0, of the policy's load-balancing loss; its
+      metrics come only with a model that has experts.
   """
 
   policy: model_config.ModelConfig
@@ -55,6 +59,7 @@ class Scorer:
   objective: objectives.Objective
   chunk_length: int
   has_pairs: bool = True
+  router_loss: float = 0.0
 
   def scores(
     self,
@@ -62,26 +67,30 @@ class Scorer:
     reference_params: Params | None,
     rows: Rows,
     lengths: Array,
+    *,
+    with_routing: bool = False,
   ) -> PairScores:
     """Returns the scores of the pairs in `rows`, and 0 for all others.
 
-    The reference and the weights carry no gradient.
+    The reference and the weights carry no gradient. `with_routing` adds what
+    the policy's experts saw, if it has any.
     """
     weights = self.objective.token_weights(rows, lengths)
     reference = None
     if self.reference is not None:
-      tokens = self._token_logps(self.reference, reference_params, rows)
+      tokens, _ = self._token_logps(self.reference, reference_params, rows)
       reference = jax.lax.stop_gradient(
         logprobs.response_sums(tokens.logps * weights, rows, lengths.shape)
       )
-    tokens = self._token_logps(
+    tokens, routing = self._token_logps(
       self.policy, params, rows, self.objective.needs_log_sum_squares
     )
     policy = logprobs.response_sums(tokens.logps * weights, rows, lengths.shape)
     log_weights = None
     if self.objective.needs_log_sum_squares:
       log_weights = modifiers.wpo_log_weights(tokens, rows, lengths)
-    return PairScores(policy, reference, log_weights)
+    routing = routing if with_routing else None
+    return PairScores(policy, reference, log_weights, routing)
 
   def losses(
     self,
@@ -108,12 +117,23 @@ class Scorer:
     loss_state: LossState,
     here: Array | None = None,
   ) -> tuple[Array, Array]:
-    """Returns the batch mean over the pairs that are `here`, and f[B]."""
+    """Returns the batch mean over the pairs that are `here`, and f[B].
+
+    With routing, the weighted load-balancing loss is added to the mean: its
+    share of the batch's tokens. Differs: as everywhere, it is the mean over
+    microbatches of each one's, and so depends on the split.
+    """
     valid = jnp.any(self._of_responses(batch.lengths) > 0, axis=1)
     here = valid if here is None else valid & here
     losses = self.losses(scores, batch.lengths, loss_state, batch.score_gaps)
     losses = jnp.where(here, losses, 0)
-    return jnp.sum(losses) / jnp.sum(valid), losses
+    mean = jnp.sum(losses) / jnp.sum(valid)
+    if scores.routing is not None:
+      num_tokens = jnp.sum(batch.rows.key_start < batch.rows.key_end)
+      share = scores.routing.num_tokens / num_tokens
+      balance = scores.routing.load_balancing_loss()
+      mean += self.router_loss * share * balance
+    return mean, losses
 
   def metrics(
     self, scores: PairScores, losses: Array, lengths: Array
@@ -169,21 +189,23 @@ class Scorer:
     )
 
   def _token_logps(self, config, params, rows, with_log_sum_squares=False):
-    hidden = transformer.hidden_states(
-      config,
-      params,
-      rows.tokens,
-      rows.positions,
-      rows.key_start,
-      rows.key_end,
-    )
-    return logprobs.token_logps(
+    """Returns TokenLogps, and moe.Routing where there are experts."""
+    arrays = (rows.tokens, rows.positions, rows.key_start, rows.key_end)
+    routing = None
+    if config.num_experts:
+      hidden, routing = transformer.hidden_states_and_routing(
+        config, params, *arrays
+      )
+    else:
+      hidden = transformer.hidden_states(config, params, *arrays)
+    tokens = logprobs.token_logps(
       hidden,
       transformer.unembedding(config, params),
       rows,
       chunk_length=self.chunk_length,
       with_log_sum_squares=with_log_sum_squares,
     )
+    return tokens, routing
 
 
 def make_train_step(
@@ -214,6 +236,10 @@ def make_train_step(
     )
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     metrics = scorer.metrics(scores, losses, batch.lengths)
+    if scores.routing is not None:
+      balance = scores.routing.load_balancing_loss()
+      metrics["router/load_balancing_loss"] = balance
+      metrics["router/largest_share"] = scores.routing.largest_share()
     metrics["grad_norm"] = optax.global_norm(grads)
     metrics["learning_rate"] = schedule(state.step)
     params = optax.apply_updates(state.params, updates)
@@ -236,19 +262,31 @@ def make_train_step(
 
 
 def make_score_step(
-  scorer: Scorer,
+  scorer: Scorer, *, with_routing: bool = False
 ) -> Callable[[Params, Params | None, Batch], PairScores]:
   """Returns `score(params, reference, batch) -> PairScores`, no gradient."""
 
   def score(params, reference, batch):
-    body = lambda rows: scorer.scores(params, reference, rows, batch.lengths)
+    def body(rows, with_routing=with_routing):
+      return scorer.scores(
+        params, reference, rows, batch.lengths, with_routing=with_routing
+      )
+
     scores = _loop(batch.rows, batch.num_microbatches, body)
     if batch.mismatched is not None:
-      others = _loop(batch.mismatched, batch.num_mismatched, body)
-      scores = jax.tree.map(jnp.add, scores, others)
+      plain = functools.partial(body, with_routing=False)
+      others = _loop(batch.mismatched, batch.num_mismatched, plain)
+      scores = _with_others(scores, others)
     return _with_cached(scores, batch.reference)
 
   return score
+
+
+def _with_others(scores: PairScores, others: PairScores) -> PairScores:
+  """Returns the scores with those of mismatched responses beside them."""
+  own = dataclasses.replace(scores, routing=None)
+  total = jax.tree.map(jnp.add, own, others)
+  return dataclasses.replace(total, routing=scores.routing)
 
 
 def _with_cached(scores: PairScores, reference: Array | None) -> PairScores:
@@ -292,11 +330,13 @@ def _pairwise_gradient(scorer, params, reference, batch, loss_state):
     )
 
   def loss_fn(params, rows):
-    own = scorer.scores(params, reference, rows, batch.lengths)
+    own = scorer.scores(
+      params, reference, rows, batch.lengths, with_routing=True
+    )
     here = _present(rows, shape)
     seen = own
     if others is not None:
-      seen = jax.tree.map(jnp.add, own, jax.lax.stop_gradient(others))
+      seen = _with_others(own, jax.lax.stop_gradient(others))
     if batch.reference is not None:
       # As a traced reference has it: 0 for the pairs of other rows.
       is_seen = here[:, None]
@@ -313,7 +353,7 @@ def _pairwise_gradient(scorer, params, reference, batch, loss_state):
 
   scores, losses, grads = _loop(batch.rows, batch.num_microbatches, body)
   if others is not None:
-    scores = jax.tree.map(jnp.add, scores, others)
+    scores = _with_others(scores, others)
   return _with_cached(scores, batch.reference), losses, grads
 
 
@@ -323,7 +363,8 @@ def _coupled_gradient(scorer, params, reference, batch, loss_state):
   The first pass scores every pair; the loss of all of them then says what
   each log-probability weighs; the second pass applies those weights.
   """
-  scores = make_score_step(scorer)(params, reference, batch)
+  score = make_score_step(scorer, with_routing=True)
+  scores = score(params, reference, batch)
 
   policy_only = dataclasses.replace(scorer, reference=None)
   batch_loss = lambda scores: scorer.mean_loss(scores, batch, loss_state)
@@ -335,7 +376,9 @@ def _coupled_gradient(scorer, params, reference, batch, loss_state):
       terms = jax.tree.map(
         lambda weight, score: jnp.sum(weight * score),
         weights,
-        policy_only.scores(params, None, rows, batch.lengths),
+        policy_only.scores(
+          params, None, rows, batch.lengths, with_routing=True
+        ),
       )
       return sum(jax.tree.leaves(terms))
 

@@ -217,13 +217,26 @@ def test_training_lowers_the_loss_and_the_export_keeps_it(
   )
 
 
-@pytest.mark.parametrize("case", _some)
-def test_8_devices_in_any_order_compute_what_1_computes(case, folders):
+@pytest.mark.parametrize(
+  ("case", "axes"),
+  [
+    *((case, (2, 2, 2, 1)) for case in ("gptj", "gemma2")),
+    ("mixtral", (1, 2, 2, 2)),
+    pytest.param("mixtral", (2, 1, 1, 4), marks=pytest.mark.slow),
+    *(
+      pytest.param(case, (2, 2, 2, 1), marks=pytest.mark.slow)
+      for case in CASES
+      if case not in ("gptj", "gemma2")
+    ),
+  ],
+)
+def test_8_devices_in_any_order_compute_what_1_computes(case, axes, folders):
   config, params = _load(folders / case)
   expected = _value_and_grad(config)(params, _batches(config).batch(0))
   order = np.random.default_rng(0).permutation(8)
   devices = [jax.devices()[i] for i in order]
-  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2, devices=devices)
+  axes = dict(zip(sharding.MESH_AXES, axes))
+  mesh = sharding.make_mesh(**axes, devices=devices)
   batches = _batches(config)
   with jax.set_mesh(mesh):
     _, params = _load(folders / case, mesh)
@@ -233,3 +246,27 @@ def test_8_devices_in_any_order_compute_what_1_computes(case, folders):
   for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
     scale = np.abs(other).max()
     np.testing.assert_allclose(one, other, atol=2e-3 * scale)
+
+
+def test_the_load_balancing_loss_is_that_of_transformers(folders, tmp_path):
+  config, params = _load(folders / "mixtral")
+  golden = _golden("mixtral")
+  tokens = jnp.asarray(make_families.sequences(), jnp.int32)
+  index = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+
+  @jax.jit
+  @jax.value_and_grad
+  def loss(params):
+    _, routing = transformer.hidden_states_and_routing(
+      config, params, tokens, index, 0 * index, index + 1
+    )
+    return routing.load_balancing_loss()
+
+  value, gradient = loss(params)
+  np.testing.assert_allclose(value, golden["aux_loss"], rtol=1e-5)
+  huggingface.save_model(str(tmp_path), config, gradient)
+  actual, expected = (
+    make_families.summaries(_stored(tmp_path)),
+    golden["aux_gradients"],
+  )
+  np.testing.assert_allclose(actual, expected, atol=1e-3 * expected[:, 0].max())
