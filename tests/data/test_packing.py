@@ -305,3 +305,20 @@ def test_100000_pairs_pack_in_under_10_seconds():
 
 def _fields(rows):
   return dataclasses.fields(rows)
+
+
+@pytest.mark.parametrize(
+  ("sizes", "window", "layout"),
+  [
+    ([(4, 5, 3)], None, "mirrored"),
+    ([(4, 5, 3)], 9, "mirrored"),  # the longest mirrored sequence
+    ([(4, 5, 30)], 9, "mirrored"),  # right of a prompt windows are intervals
+    ([(4, 5, 0)], 8, "mirrored"),  # so are those of demonstrations
+    ([(1, 1, 1), (4, 5, 3)], 8, "padded"),
+  ],
+)
+def test_layout_is_padded_only_where_a_window_cuts_mirrored_keys(
+  sizes, window, layout
+):
+  assert packing.layout_for_window(sizes, "mirrored", window) == layout
+  assert packing.layout_for_window(sizes, "padded", window) == "padded"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -101,3 +102,16 @@ def test_what_cannot_be_evaluated_is_refused(run, tmp_path):
   with pytest.raises(ValueError, match="none of 13 rows is kept; 12 dropped"):
     _evaluate(settings, run, [str(run / "pairs.jsonl")])
   assert jax.default_backend() == "cpu" and settings.dtype == "float32"
+
+
+def test_pairs_longer_than_a_window_are_two_sequences(run, tmp_path, capfd):
+  folder = tmp_path / "sliding"
+  shutil.copytree(run / "second", folder)
+  path = folder / "model" / "config.json"
+  values = json.loads(path.read_text())
+  values |= {"model_type": "mistral", "sliding_window": 8}
+  path.write_text(json.dumps(values))
+  settings = held_out.make_settings(str(folder))
+  _evaluate(settings, tmp_path, [str(run / "pairs.jsonl")])
+  said = capfd.readouterr().out
+  assert said.count("layout: padded, as sequences are longer than the 8") == 1

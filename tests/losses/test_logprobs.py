@@ -12,7 +12,7 @@ from jax.test_util import check_grads
 
 from dpo_jax import sharding
 from dpo_jax.losses import logprobs
-from dpo_jax.types import Rows
+from dpo_jax.types import Rows, Unembedding
 from tests import hlo
 
 NUM_SCORED = (7, 3)  # of S = 7, in R = 2 rows
@@ -50,10 +50,24 @@ def plain_logps(hidden, unembedding, rows):
   """Returns f[R,S] by log_softmax of all logits."""
   index = rows.score_index[..., None]
   states = jnp.take_along_axis(hidden, index, axis=1).astype(jnp.float32)
-  logits = jnp.einsum("rsd,vd->rsv", states, unembedding.astype(jnp.float32))
+  if not isinstance(unembedding, Unembedding):
+    unembedding = Unembedding(unembedding)
+  table = unembedding.table.astype(jnp.float32)
+  logits = jnp.einsum("rsd,vd->rsv", states, table)
+  if unembedding.bias is not None:
+    logits += unembedding.bias[None, None]
+  if unembedding.soft_cap is not None:
+    logits = unembedding.soft_cap * jnp.tanh(logits / unembedding.soft_cap)
   logps = jax.nn.log_softmax(logits)
   logps = jnp.take_along_axis(logps, rows.targets[..., None], axis=-1)[..., 0]
   return jnp.where(rows.response >= 0, logps, 0)
+
+
+def make_capped(dtype="float32", vocabulary=VOCABULARY, num_rows=2):
+  """Returns arrays whose logits have a bias, and a cap that bites."""
+  hidden, table = make_arrays(num_rows, vocabulary, dtype)
+  bias = np.random.default_rng(3).normal(size=vocabulary)
+  return hidden, Unembedding(table, jnp.asarray(bias, dtype), soft_cap=1.5)
 
 
 def scalar(logps_fn, rows):
@@ -110,10 +124,11 @@ def test_a_token_by_hand():
   )
 
 
+@pytest.mark.parametrize("make", [make_arrays, make_capped])
 @pytest.mark.parametrize("chunk_length", [1, 2, 3, 7, 20])
-def test_chunks_equal_log_softmax_in_value_and_gradient(chunk_length):
+def test_chunks_equal_log_softmax_in_value_and_gradient(chunk_length, make):
   rows = make_rows()
-  arrays = make_arrays()
+  arrays = make()
   actual, expected = (
     jax.value_and_grad(scalar(fn, rows), (0, 1))(*arrays)
     for fn in (chunked(chunk_length), plain_logps)
@@ -121,10 +136,11 @@ def test_chunks_equal_log_softmax_in_value_and_gradient(chunk_length):
   assert_trees_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_gradients_equal_finite_differences():
+@pytest.mark.parametrize("make", [make_arrays, make_capped])
+def test_gradients_equal_finite_differences(make):
   with jax.enable_x64(True):
     fn = scalar(chunked(3), make_rows())
-    check_grads(fn, make_arrays(dtype="float64"), order=1, modes=["rev"])
+    check_grads(fn, make(dtype="float64"), order=1, modes=["rev"])
 
 
 @hypothesis.given(
@@ -260,9 +276,24 @@ def test_response_sums_add_each_response_and_drop_padding():
   np.testing.assert_array_equal(grads, rows.response >= 0)
 
 
-def test_split_rows_and_vocabulary_change_nothing():
+def test_a_capped_token_by_hand():
+  # Logits (0, 50 + 1), of which the cap leaves (0, log 3): p = (1/4, 3/4).
+  unembedding = Unembedding(
+    jnp.array([[0.0], [50.0]]), jnp.array([0.0, 1.0]), soft_cap=math.log(3)
+  )
+  rows = dataclasses.replace(
+    make_rows((2,), 2, 1), targets=np.array([[0, 1]], np.int32)
+  )
+  logps = chunked(1)(jnp.ones((1, 1, 1)), unembedding, rows)
+  np.testing.assert_allclose(
+    logps, [[math.log(1 / 4), math.log(3 / 4)]], rtol=1e-6
+  )
+
+
+@pytest.mark.parametrize("make", [make_arrays, make_capped])
+def test_split_rows_and_vocabulary_change_nothing(make):
   rows = make_rows((7, 3, 5, 1), vocabulary=12)
-  arrays = make_arrays(4, vocabulary=12)
+  arrays = make(num_rows=4, vocabulary=12)
 
   def fn(hidden, unembedding, rows):
     return scalar(chunked(2), rows)(hidden, unembedding)
@@ -274,11 +305,17 @@ def test_split_rows_and_vocabulary_change_nothing():
     hidden, unembedding = arrays
     split = jax.jit(gradient)(
       jax.device_put(hidden, layout),
-      jax.device_put(
-        unembedding,
-        jax.NamedSharding(
-          mesh, sharding.partition_spec(mesh, ("vocab", "embed"), (12, WIDTH))
+      jax.tree.map(
+        lambda x: jax.device_put(
+          x,
+          jax.NamedSharding(
+            mesh,
+            sharding.partition_spec(
+              mesh, ("vocab", "embed")[: x.ndim], x.shape
+            ),
+          ),
         ),
+        unembedding,
       ),
       jax.device_put(rows, layout),
     )

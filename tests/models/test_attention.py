@@ -1,5 +1,6 @@
 """Blocked interval attention against a softmax over the whole [T,T]."""
 
+import functools
 import math
 
 import jax
@@ -12,14 +13,17 @@ from dpo_jax import sharding
 from dpo_jax.models import attention
 
 
-def _oracle(q, k, v, key_start, key_end):
+def _oracle(q, k, v, key_start, key_end, scale=None, soft_cap=None):
   """Returns the same attention with keys repeated and scores kept whole."""
   groups = q.shape[2] // k.shape[2]
   k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
   index = jnp.arange(q.shape[1])[None, None, :]
   visible = (key_start[..., None] <= index) & (index < key_end[..., None])
   visible = visible[:, None]
-  scores = jnp.einsum("rtnh,rsnh->rnts", q, k) / math.sqrt(q.shape[-1])
+  scores = jnp.einsum("rtnh,rsnh->rnts", q, k)
+  scores *= scale or 1 / math.sqrt(q.shape[-1])
+  if soft_cap:
+    scores = soft_cap * jnp.tanh(scores / soft_cap)
   weights = jax.nn.softmax(jnp.where(visible, scores, -1e9), axis=-1)
   weights = jnp.where(visible, weights, 0.0)
   return jnp.einsum("rnts,rsnh->rtnh", weights, v)
@@ -51,12 +55,21 @@ def test_weights_by_hand():
   np.testing.assert_allclose(out[0, :, 0, 0], expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("length", [1, 64, 200])
-def test_blocks_equal_the_whole_softmax_forward_and_backward(length):
+@pytest.mark.parametrize(
+  ("length", "settings"),
+  [
+    (1, {}),
+    (64, {}),
+    (200, {}),
+    (100, {"scale": 0.7, "soft_cap": 1.5}),
+  ],
+)
+def test_blocks_equal_the_whole_softmax_forward_and_backward(length, settings):
   q, k, v, start, end = _inputs(length)
   cotangent = np.random.default_rng(1).normal(size=q.shape).astype(np.float32)
 
   def run(fn):
+    fn = functools.partial(fn, **settings)
     out, pullback = jax.vjp(lambda *x: fn(*x, start, end), q, k, v)
     return out, *pullback(jnp.asarray(cotangent))
 
@@ -74,10 +87,11 @@ def test_jit_equals_no_jit():
   )
 
 
-def test_gradient_is_the_numerical_one():
+@pytest.mark.parametrize("soft_cap", [None, 0.8])
+def test_gradient_is_the_numerical_one(soft_cap):
   q, k, v, start, end = _inputs(7, num_rows=1, width=2)
   jax.test_util.check_grads(
-    lambda *x: attention.interval_attention(*x, start, end),
+    lambda *x: attention.interval_attention(*x, start, end, soft_cap=soft_cap),
     (q, k, v),
     order=1,
     modes=["rev"],
@@ -109,6 +123,17 @@ def test_keys_outside_the_interval_change_nothing():
       q, np.where(outside, 50.0, k), np.where(outside, 50.0, v), start, end
     ),
   )
+
+
+def test_capped_weights_by_hand():
+  q, k, v = (
+    np.array(x, np.float32).reshape(1, 2, 1, 1)
+    for x in ([0, 1], [0, 50], [1, 2])
+  )
+  start, end = np.zeros((1, 2), np.int32), np.full((1, 2), 2, np.int32)
+  out = attention.interval_attention(q, k, v, start, end, soft_cap=math.log(3))
+  # Scores 0 and 0; then 0 and 50, of which the cap leaves log 3.
+  np.testing.assert_allclose(out[0, :, 0, 0], [1.5, (1 + 3 * 2) / 4], rtol=1e-6)
 
 
 def test_large_scores_do_not_overflow():

@@ -202,6 +202,7 @@ def test_training_lowers_the_loss_and_the_export_keeps_it(
       losses.append(float(metrics["loss"]))
   assert losses[0] == pytest.approx(np.log(2), abs=1e-5)
   assert losses[-1] < 0.5
+  assert ("router/largest_share" in metrics) == (config.num_experts > 0)
   huggingface.save_model(str(tmp_path), config, now.params)
   again, params = _load(tmp_path)
   assert again == config
@@ -270,3 +271,52 @@ def test_the_load_balancing_loss_is_that_of_transformers(folders, tmp_path):
     golden["aux_gradients"],
   )
   np.testing.assert_allclose(actual, expected, atol=1e-3 * expected[:, 0].max())
+
+
+@pytest.mark.parametrize(
+  ("case", "values", "message"),
+  [
+    (
+      "phi3",
+      {"rope_parameters": {"rope_type": "longrope", "factor": 2.0}},
+      "unknown rope_type 'longrope' of rotary scaling; known: default",
+    ),
+    (
+      "gemma3",
+      {"attn_logit_softcapping": 5.0},
+      "attn_logit_softcapping=5.0 is not supported, only None",
+    ),
+    (
+      "gemma2",
+      {"layer_types": ["chunked_attention", "full_attention"]},
+      "unknown layer type 'chunked_attention'; known: sliding_attention",
+    ),
+    ("olmo2", {"attention_bias": True}, "attention_bias=True is not supported"),
+    ("mixtral", {"num_experts_per_tok": 9}, "there are 4 experts"),
+    ("qwen3", {"num_hidden_layers": None}, "'num_hidden_layers' is missing"),
+    ("gptj", {"model_type": "gpt_neo"}, "known: llama, gpt2, gptj, gpt_neox"),
+  ],
+)
+def test_what_a_family_has_and_the_decoder_has_not_is_named(
+  case, values, message, folders, tmp_path
+):
+  config = json.loads((folders / case / "config.json").read_text()) | values
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  with pytest.raises(ValueError, match=message) as error:
+    huggingface.read_config(str(tmp_path))
+  assert "\n" not in str(error.value)
+
+
+def test_tensors_that_a_family_does_not_have_are_named(folders, tmp_path):
+  (tmp_path / "config.json").write_text(
+    (folders / "mixtral" / "config.json").read_text()
+  )
+  stored = _stored(folders / "mixtral")
+  lost = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
+  stored["model.layers.0.self_attn.q_norm.weight"] = stored.pop(lost)
+  safetensors.numpy.save_file(stored, tmp_path / "model.safetensors")
+  with pytest.raises(ValueError) as error:
+    _load(tmp_path)
+  assert f"missing tensors: {lost}; unexpected tensors: model.layers.0." in str(
+    error.value
+  )

@@ -148,7 +148,8 @@ def _step(weight, microbatch_rows):
     1e-2, schedule="constant", warmup_steps=0, total_steps=1
   )
   optimizer = optimizers.make_optimizer("adamw", schedule, clip=0.0)
-  objective = objectives.make_objective("simpo", {"beta": 0.5, "gamma": 0.1})
+  settings = {"beta": 0.5, "gamma": 0.1, "label_smoothing": 0.0}
+  objective = objectives.make_objective("simpo", settings)
   scorer = steps.Scorer(
     CONFIG, None, objective, chunk_length=16, router_loss=weight
   )
@@ -163,6 +164,7 @@ def _step(weight, microbatch_rows):
   return {k: float(v) for k, v in metrics.items()}, now.params
 
 
+@pytest.mark.slow
 def test_the_router_learns_from_the_weighted_loss_only():
   plain, without = _step(0.0, 4)
   balanced, with_loss = _step(10.0, 4)

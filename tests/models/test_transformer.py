@@ -287,3 +287,46 @@ def test_rope_scaling_keeps_short_waves_and_stretches_long_ones():
   middle = (32 * 10**-0.5 / (2 * np.pi) - 1) / 3
   factors = [1.0, middle + (1 - middle) / 4, 0.25, 0.25]
   np.testing.assert_allclose(scaled / plain, factors, rtol=1e-5)
+
+
+def _sliding(window, num_layers=2):
+  """Returns a model whose layers all slide, and random parameters."""
+  config = dataclasses.replace(
+    CONFIGS["llama"],
+    num_layers=num_layers,
+    window=window,
+    sliding=(True,) * num_layers,
+  )
+  return config, _init(config)
+
+
+def test_a_sliding_layer_sees_the_last_keys_only():
+  model = _sliding(3, num_layers=1)
+  tokens = _random_tokens(1, 12)
+  changed = tokens.copy()
+  changed[0, 5] = (changed[0, 5] + 1) % 40
+  before, after = (_hidden(model, *_causal(t)) for t in (tokens, changed))
+  moved = np.abs(before - after).max(-1)[0] > 1e-6
+  assert moved.tolist() == [5 <= t < 8 for t in range(12)]
+
+
+def test_mirrored_rows_are_exact_until_a_sequence_outgrows_the_window():
+  tokens, positions, _, _ = inputs = _causal(_random_tokens(1, 10))
+  index = np.arange(10, dtype=np.int32)[None]
+  mirrored = (tokens[:, ::-1], positions[:, ::-1], index, index * 0 + 10)
+  for window, is_exact in ((10, True), (9, False)):
+    model = _sliding(window)
+    difference = _hidden(model, *mirrored)[:, ::-1] - _hidden(model, *inputs)
+    assert (np.abs(difference).max() < 1e-5) == is_exact, window
+
+
+def test_rotation_of_neighbours_is_that_of_halves_of_a_reordered_head():
+  x = np.random.default_rng(0).normal(size=(1, 3, 2, 8)).astype(np.float32)
+  angles = np.arange(9, dtype=np.float32).reshape(1, 3, 3)
+  order = [0, 2, 4, 1, 3, 5, 6, 7]
+  turned = layers.rotate(x, angles, "neighbours")
+  np.testing.assert_allclose(
+    turned[..., order], layers.rotate(x[..., order], angles), atol=1e-6
+  )
+  np.testing.assert_array_equal(turned[..., 6:], x[..., 6:])
+  assert np.abs(turned - x)[:, 1:, :, :6].min() > 0
