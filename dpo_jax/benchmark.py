@@ -131,7 +131,8 @@ def needed_flops(
 
   Matrix products only, every prompt once: forward and backward (three times
   a forward) of the policy, and a forward of the reference. The vocabulary
-  meets scored positions only; a query meets the keys that it sees.
+  meets scored positions only, an expert the tokens that are sent to it; a
+  query meets the keys that it sees, windows left aside.
 
   Args:
     config: the decoder; the reference is taken to be alike.
@@ -139,9 +140,14 @@ def needed_flops(
     has_reference: whether a reference is computed too.
   """
   shapes = transformer.param_shapes(config)
+  seen_by = lambda path: (
+    config.experts_per_token / config.num_experts
+    if path[-1].key.startswith("expert_")
+    else 1
+  )
   block = sum(
-    math.prod(leaf.shape)
-    for leaf in jax.tree.leaves(shapes["blocks"])
+    math.prod(leaf.shape) * seen_by(path)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes["blocks"])
     if leaf.ndim > 2
   )
   prompt, *responses = lengths.astype(np.float64).T

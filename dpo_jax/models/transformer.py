@@ -178,16 +178,17 @@ class Decoder(nn.Module):
 def _with_local(
   config: ModelConfig,
   positions: jax.Array,
-  angles: jax.Array,
+  angles: jax.Array | None,
   key_start: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array | None, jax.Array]:
   """Returns angles and first keys of global layers, and of sliding ones."""
   local_angles = angles
   if config.local_rope_theta is not None:
     local_angles = layers.rotary_angles(config, positions, local=True)
   index = jnp.arange(positions.shape[1])[None]
   local_start = jnp.maximum(key_start, index - config.window + 1)
-  return jnp.stack([angles, local_angles]), jnp.stack([key_start, local_start])
+  both = lambda *views: jax.tree.map(lambda *x: jnp.stack(x), *views)
+  return both(angles, local_angles), both(key_start, local_start)
 
 
 def _look_up(table: jax.Array, indices: jax.Array) -> jax.Array:

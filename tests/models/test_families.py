@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -27,13 +28,13 @@ from tests.golden import make_families
 CASES = tuple(make_families.CASES)
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 STALE = "differs from transformers; if those changed, run the script above"
-# The cases that tests of what all families share run by default.
-FIRST = ("gptj", "gemma2", "mixtral")
 
-_some = [
-  case if case in FIRST else pytest.param(case, marks=pytest.mark.slow)
-  for case in CASES
-]
+
+def _by_default(*cases):
+  """Returns a parametrisation in which the other cases are slow."""
+  slow = lambda case: pytest.param(case, marks=pytest.mark.slow)
+  params = [case if case in cases else slow(case) for case in CASES]
+  return pytest.mark.parametrize("case", params)
 
 
 @functools.cache
@@ -105,6 +106,7 @@ def _scorer(config):
   return steps.Scorer(config, None, objective, chunk_length=16)
 
 
+@functools.cache
 def _value_and_grad(config):
   """Returns (params, batch) -> DPO loss against -2 a token, and gradient."""
   scorer = _scorer(config)
@@ -119,17 +121,20 @@ def _value_and_grad(config):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_logits_and_gradients_are_those_of_transformers(
-  case, folders, tmp_path
-):
+def test_logits_are_those_of_transformers(case, folders):
   config, params = _load(folders / case)
-  golden = _golden(case)
   np.testing.assert_allclose(
     _logits(config, params, make_families.sequences()),
-    golden["logits"],
+    _golden(case)["logits"],
     atol=1e-4,
     err_msg=STALE,
   )
+
+
+@_by_default("gptj", "gemma2", "mixtral", "olmo2")
+def test_gradients_are_those_of_transformers(case, folders, tmp_path):
+  config, params = _load(folders / case)
+  golden = _golden(case)
   batches = _batches(config)
   loss, gradient = _value_and_grad(config)(params, batches.batch(0))
   np.testing.assert_allclose(loss, golden["loss"], rtol=1e-5, err_msg=STALE)
@@ -157,7 +162,7 @@ def test_what_we_write_is_what_transformers_wrote(case, folders, tmp_path):
   assert huggingface.read_config(str(tmp_path)) == config
 
 
-@pytest.mark.parametrize("case", _some)
+@_by_default("gptj")
 def test_greedy_text_is_that_of_transformers(case, folders):
   config, params = _load(folders / case)
   responses = decode.sample(
@@ -174,7 +179,7 @@ def test_greedy_text_is_that_of_transformers(case, folders):
   np.testing.assert_array_equal(responses, _golden(case)["greedy"], STALE)
 
 
-@pytest.mark.parametrize("case", _some)
+@_by_default("gemma2")
 def test_training_lowers_the_loss_and_the_export_keeps_it(
   case, folders, tmp_path
 ):
@@ -221,13 +226,10 @@ def test_training_lowers_the_loss_and_the_export_keeps_it(
 @pytest.mark.parametrize(
   ("case", "axes"),
   [
-    *((case, (2, 2, 2, 1)) for case in ("gptj", "gemma2")),
     ("mixtral", (1, 2, 2, 2)),
     pytest.param("mixtral", (2, 1, 1, 4), marks=pytest.mark.slow),
     *(
-      pytest.param(case, (2, 2, 2, 1), marks=pytest.mark.slow)
-      for case in CASES
-      if case not in ("gptj", "gemma2")
+      pytest.param(case, (2, 2, 2, 1), marks=pytest.mark.slow) for case in CASES
     ),
   ],
 )
@@ -320,3 +322,16 @@ def test_tensors_that_a_family_does_not_have_are_named(folders, tmp_path):
   assert f"missing tensors: {lost}; unexpected tensors: model.layers.0." in str(
     error.value
   )
+
+
+def test_no_device_ever_holds_every_expert(folders):
+  mesh = sharding.make_mesh(data=2, fsdp=1, expert=4)
+  with jax.set_mesh(mesh):
+    config, params = _load(folders / "mixtral", mesh)
+    index = jnp.broadcast_to(jnp.arange(16, dtype=jnp.int32)[None], (8, 16))
+    index = jax.device_put(index, sharding.rows(mesh))
+    compiled = _hidden_fn(config).lower(params, *[index] * 4).compile()
+  kernels = re.findall(
+    r"f32\[(?:2,)?(\d),(?:32,40|40,32)\]", compiled.as_text()
+  )
+  assert set(kernels) == {"1"}
