@@ -79,7 +79,7 @@ CASES = {
   ),
   "a mesh that does not fit": (
     "--config.mesh.fsdp=3",
-    "mesh data=1, fsdp=3, tensor=1 does not fit 1 devices",
+    "mesh data=1, fsdp=3, tensor=1, expert=1 does not fit 1 devices",
   ),
   "rows that the mesh cannot split": (
     "--config.data.layout=padded --config.microbatch_rows=3",

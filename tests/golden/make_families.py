@@ -52,7 +52,12 @@ CASES = {
   "gpt_neox": ("gpt_neox", _SIZES | {"rotary_pct": 0.5}),
   "gpt_neox_sequential": (
     "gpt_neox",
-    _SIZES | {"use_parallel_residual": False, "rotary_emb_base": 100},
+    _SIZES
+    | {
+      "use_parallel_residual": False,
+      "rotary_emb_base": 100,
+      "rotary_pct": 1.0,
+    },
   ),
   "llama": ("llama", _WIDE),
   "mistral": ("mistral", _WIDE | {"sliding_window": 8}),
