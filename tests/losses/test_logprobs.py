@@ -124,8 +124,10 @@ def test_a_token_by_hand():
   )
 
 
-@pytest.mark.parametrize("make", [make_arrays, make_capped])
-@pytest.mark.parametrize("chunk_length", [1, 2, 3, 7, 20])
+@pytest.mark.parametrize(
+  ("chunk_length", "make"),
+  [*((n, make_arrays) for n in (1, 2, 3, 7, 20)), (3, make_capped)],
+)
 def test_chunks_equal_log_softmax_in_value_and_gradient(chunk_length, make):
   rows = make_rows()
   arrays = make()

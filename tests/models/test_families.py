@@ -120,7 +120,7 @@ def _value_and_grad(config):
   return jax.jit(jax.value_and_grad(loss))
 
 
-@pytest.mark.parametrize("case", CASES)
+@_by_default(*(set(CASES) - {"gpt2", "llama"}))
 def test_logits_are_those_of_transformers(case, folders):
   config, params = _load(folders / case)
   np.testing.assert_allclose(
@@ -247,8 +247,9 @@ def test_8_devices_in_any_order_compute_what_1_computes(case, axes, folders):
     actual = _value_and_grad(config)(params, batch)
   assert float(actual[0]) == pytest.approx(float(expected[0]), abs=2e-3)
   for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
-    scale = np.abs(other).max()
-    np.testing.assert_allclose(one, other, atol=2e-3 * scale)
+    # Rounding is all there is where a key's bias moves all scores alike.
+    atol = 2e-3 * np.abs(other).max() + 1e-6
+    np.testing.assert_allclose(one, other, atol=atol)
 
 
 def test_the_load_balancing_loss_is_that_of_transformers(folders, tmp_path):

@@ -106,6 +106,11 @@ def test_even_routing_costs_k_and_all_to_one_expert_costs_more():
   assert float(one.largest_share()) == pytest.approx(2.0)
 
 
+@jax.jit
+def _init():
+  return transformer.init_params(CONFIG, jax.random.key(0))
+
+
 def _row(length):
   tokens = np.random.default_rng(length).integers(0, 40, (1, 12))
   index = np.arange(12)[None]
@@ -120,9 +125,9 @@ def _routing(params, rows):
 
 
 def test_padding_is_not_counted_and_halves_add_up():
-  params = transformer.init_params(CONFIG, jax.random.key(0))
-  first, second = _row(5), _row(9)
-  both = [np.concatenate(x) for x in zip(first, second)]
+  params = _init()
+  rows = lambda *lengths: [np.concatenate(x) for x in zip(*map(_row, lengths))]
+  both, first, second = rows(5, 9), rows(5, 0), rows(0, 9)
   routing = _routing(params, both)
   assert float(routing.num_tokens) == 14
   np.testing.assert_allclose(routing.picked.sum(-1), [28, 28])
@@ -153,7 +158,7 @@ def _step(weight, microbatch_rows):
   scorer = steps.Scorer(
     CONFIG, None, objective, chunk_length=16, router_loss=weight
   )
-  params = transformer.init_params(CONFIG, jax.random.key(0))
+  params = _init()
   now = state.TrainState(
     step=jnp.int32(0),
     params=params,
