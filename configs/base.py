@@ -31,7 +31,8 @@ def get_config() -> config_dict.ConfigDict:
   config.data.max_prompt_length = 256  # tokens
   # Tokens in a row; 0: the multiple of 128 that suits the longest pair.
   config.data.row_length = 0
-  config.data.layout = "mirrored"  # mirrored, padded (two sequences a pair)
+  # mirrored; padded: two sequences a pair, also where a window asks for them.
+  config.data.layout = "mirrored"
   config.data.cache_dir = ""  # empty: ~/.cache/dpo_jax
 
   config.model = config_dict.ConfigDict()

@@ -16,11 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+import transformers
 
 from dpo_jax import sharding
 from dpo_jax.data import dataset, loader, packing
 from dpo_jax.losses import objectives
-from dpo_jax.models import huggingface, transformer
+from dpo_jax.models import config as model_config
+from dpo_jax.models import huggingface, huggingface_config, transformer
 from dpo_jax.sampling import decode
 from dpo_jax.training import optimizers, scoring, state, steps
 from tests.golden import make_families
@@ -336,3 +338,11 @@ def test_no_device_ever_holds_every_expert(folders):
     r"f32\[(?:2,)?(\d),(?:32,40|40,32)\]", compiled.as_text()
   )
   assert set(kernels) == {"1"}
+
+
+@pytest.mark.parametrize("preset", model_config.PRESETS)
+def test_transformers_reads_a_preset_and_writes_it_back(preset, tmp_path):
+  config = model_config.PRESETS[preset]
+  huggingface.write_config(str(tmp_path), config)
+  theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+  assert huggingface_config.parse(theirs.to_dict()) == config
