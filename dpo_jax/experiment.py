@@ -139,10 +139,9 @@ def to_plain(config: ConfigDict) -> dict[str, Any]:
 def make_objective(config: ConfigDict) -> objectives.Objective:
   """Returns the loss with its modifiers."""
   options = config.loss.to_dict()
-  modifiers = ("f_divergence", "f_alpha", "ld_alpha", "wpo", "sft_weight")
-  modifiers += ("prompt_nll",)
   name = options.pop("name")
-  modifiers = {key: options.pop(key) for key in modifiers}
+  keys = "f_divergence f_alpha ld_alpha wpo sft_weight prompt_nll".split()
+  modifiers = {key: options.pop(key) for key in keys}
   given = {key: value for key, value in options.items() if value is not None}
   return objectives.make_objective(name, given, **modifiers)
 
