@@ -9,6 +9,8 @@ which becomes
 
   {"prompt": "\n\nHuman: Hi\n\nAssistant:",
    "chosen": " Hello.", "rejected": " Go away."}
+
+A column `subset` (which part of the data a row is from) stays beside them.
 """
 
 from collections.abc import Iterator
@@ -16,12 +18,13 @@ from collections.abc import Iterator
 from dpo_jax.data import jsonl
 
 ASSISTANT = "\n\nAssistant:"
+COLUMNS = ("chosen", "rejected", "subset")
 
 
 def read(path: str, split: str) -> Iterator[dict]:
-  """Yields the transcripts `chosen` and `rejected` of each row of a file."""
+  """Yields `chosen`, `rejected` and `subset` of each row of a file."""
   for row in jsonl.read(path, split):
-    yield {name: row[name] for name in ("chosen", "rejected") if name in row}
+    yield {name: row[name] for name in COLUMNS if name in row}
 
 
 def split_transcripts(

@@ -18,9 +18,9 @@ def test_prompts_that_differ_give_no_pair():
   assert hh.split_transcripts(ASK + " a", ASK + " a" + ASK + " b") is None
 
 
-def test_rows_hold_the_transcripts_only(write_lines):
-  row = {"chosen": ASK + " a", "rejected": ASK + " b"}
-  path = write_lines(row | {"subset": "x", "prompt": "no"})
+def test_rows_hold_the_transcripts_and_their_subset_only(write_lines):
+  row = {"chosen": ASK + " a", "rejected": ASK + " b", "subset": "x"}
+  path = write_lines(row | {"prompt": "no"})
   assert list(hh.read(path, "")) == [row]
 
 
@@ -36,5 +36,6 @@ def test_real_dialogues_split(shared_dir):
   assert len(rows) == 1200
   kept = [row for row in rows if "dropped" not in row]
   assert len(kept) > 1190
+  assert {row["subset"] for row in kept} == {"helpful-base", "harmless-base"}
   assert all(row["prompt"].endswith("\n\nAssistant:") for row in kept)
   assert not any("\n\nAssistant:" in row["chosen"] for row in kept)
