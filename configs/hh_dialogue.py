@@ -14,10 +14,12 @@ other losses start from the run that it leaves. Each response is seen once: a
 reference that knows the chosen ones by heart leaves little to learn from. At
 this size tokens past the shorter response say more of its length than of its
 worth, so they are left out (`ld_alpha=0`; the paper counts them). On two CPU
-cores each takes minutes; docs/results/hh_cpu.md has the figures. For a pretrained model, give
-`sft` a `model.path` and `--config.model.preset=`, and the paper's optimizer:
-`--config.optimizer.name=rmsprop --config.optimizer.learning_rate=1e-6
---config.optimizer.warmup_steps=150` (not yet run).
+cores each takes minutes; docs/results/hh_cpu.md has the figures.
+
+For a pretrained model, give `sft` a `model.path` and `--config.model.preset=`,
+and the paper's optimizer: `--config.optimizer.name=rmsprop
+--config.optimizer.learning_rate=1e-6 --config.optimizer.warmup_steps=150` (not
+yet run).
 """
 
 from configs import base, losses
