@@ -28,7 +28,10 @@ CONFIGS = {
 }
 
 
-@pytest.fixture(params=CONFIGS, scope="module")
+@pytest.fixture(
+  params=["llama", pytest.param("gpt2", marks=pytest.mark.slow)],
+  scope="module",
+)
 def model(request):
   """A config and parameters none of which is zero or one."""
   config = CONFIGS[request.param]
@@ -118,6 +121,7 @@ def test_padding_gives_finite_states_and_gradients(model):
     assert np.isfinite(leaf).all()
 
 
+@pytest.mark.slow
 def test_remat_changes_no_number(model):
   config, params = model
   inputs = _causal(_random_tokens(2, 12))

@@ -230,7 +230,7 @@ def test_a_coupled_loss_has_the_gradient_of_its_definition():
   )
 
 
-@pytest.mark.parametrize("data", [_tokens, _labelled])
+@pytest.mark.parametrize("data", [_slow(_tokens), _labelled])
 def test_kto_has_the_gradient_of_its_definition(data):
   """Scored beforehand, mismatched responses give what all at once give."""
   scorer = steps.Scorer(CONFIG, CONFIG, _objective("kto"), chunk_length=16)
