@@ -52,6 +52,7 @@ def starts(workdir, name):
   return (workdir / name / "log.txt").read_text().count("$ ")
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_beside_a_point_that_fails(tmp_path):
   """Killed when a run has finished; three points, the last of them fails."""
   workdir, points = tmp_path / "sweep", tmp_path / "points.jsonl"

@@ -58,8 +58,8 @@ def test_weights_by_hand():
 @pytest.mark.parametrize(
   ("length", "settings"),
   [
-    (1, {}),
-    (64, {}),
+    pytest.param(1, {}, marks=pytest.mark.slow),
+    pytest.param(64, {}, marks=pytest.mark.slow),
     (200, {}),
     (100, {"scale": 0.7, "soft_cap": 1.5}),
   ],

@@ -311,6 +311,7 @@ def test_the_defaults_are_those_of_tr_dpo():
   assert str(hard) == "sync, float32, alpha 1 every 512 steps"
 
 
+@pytest.mark.slow
 def test_a_run_with_a_moving_reference_resumes_bit_for_bit(tmp_path):
   def train(name, **more):
     settings = {"reference.every": 2, "reference.alpha": 0.25, "steps": 7}

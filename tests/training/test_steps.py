@@ -19,9 +19,8 @@ from tests import hlo
 NUM_PAIRS = 24
 CONFIG = model_config.make_config("tiny")
 SMALL_MESH = (1, 1, 1)  # data, fsdp, tensor
-MESHES = [(1, 8, 1), (2, 2, 2), (4, 1, 2)]
-
 _slow = lambda value: pytest.param(value, marks=pytest.mark.slow)
+MESHES = [_slow((1, 8, 1)), (2, 2, 2), _slow((4, 1, 2))]
 
 
 def _tokens(swap=False):
@@ -165,10 +164,8 @@ def test_swapping_chosen_and_rejected_negates_the_margin():
   "name",
   [
     "dpo",
-    "sft",
-    "aot",
     "kto",
-    *map(_slow, ("unlikelihood", "orpo", "beta_dpo", "bco")),
+    *map(_slow, ("sft", "aot", "unlikelihood", "orpo", "beta_dpo", "bco")),
   ],
 )
 def test_the_split_into_microbatches_changes_no_number(name):
@@ -184,7 +181,8 @@ def test_packed_equals_padded(name):
   _assert_same(padded, packed)
 
 
-@pytest.mark.parametrize("modifiers", [{"ld_alpha": 0.5}, _slow({"wpo": True})])
+@pytest.mark.slow
+@pytest.mark.parametrize("modifiers", [{"ld_alpha": 0.5}, {"wpo": True}])
 def test_modifiers_do_not_depend_on_the_layout(modifiers):
   objective = _objective("dpo", **modifiers)
   packed, _ = _run(objective, microbatch_rows=2)
@@ -279,6 +277,7 @@ def test_kto_of_lone_responses_reports_no_pairs():
   assert "rewards/accuracies" not in first
 
 
+@pytest.mark.slow
 def test_a_list_of_two_is_a_pair():
   ranked, _ = _run(_objective("plackett_luce"))
   pairs, _ = _run(_objective("dpo"))
@@ -331,6 +330,7 @@ def test_a_list_scores_each_response_as_if_it_stood_alone():
   assert accuracy == pytest.approx(np.mean(ordered))
 
 
+@pytest.mark.slow
 def test_a_likelihood_over_prompts_is_that_of_whole_sequences():
   data = _tokens()
   prompts = loader.epoch_order(0, 0, NUM_PAIRS)[:8]
