@@ -151,6 +151,7 @@ def test_running_means_of_a_loss_go_on_bit_for_bit(tmp_path):
   assert without_timings(parted) == without_timings(whole)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_run_goes_on(tmp_path):
   workdir = tmp_path / "run"
   process = start(
