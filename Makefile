@@ -12,7 +12,7 @@ test: $(ACTIVATE) lint  ## The default tests, minutes on two cores.
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(ACTIVATE)  ## The tests that take minutes each.
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
 
 lint: $(ACTIVATE)
 	$(BIN)/ruff check .
