@@ -177,7 +177,7 @@ def host_batch(experiment: Experiment, k: int) -> loop.HostBatch:
     batch=scoring.device_batch(batch, batches, experiment.mesh),
     num_pairs=batches.batch_size,
     num_tokens=batches.num_tokens(k),
-    num_positions=batches.num_positions(k),
+    num_positions=batches.num_positions(batch),
   )
 
 

@@ -122,7 +122,7 @@ class Loader:
         cannot have.
     """
     self.dataset = dataset
-    self.reference_logps: np.ndarray | None = None  # f32[n,2]
+    self.reference_logps: np.ndarray | None = None  # f32[n,C]
     self.num_pairs = len(dataset.lengths)
     self.batch_size = batch_size
     self.microbatch_rows = microbatch_rows
@@ -266,20 +266,17 @@ class Loader:
     plans = self._plans(self.indices(k))
     return int(sum(plan.lengths.sum() for plan in plans))
 
-  def num_positions(self, k: int) -> int:
-    """Returns the positions that batch k computes, in all processes.
+  def num_positions(self, batch: Batch) -> int:
+    """Returns the positions that a batch computes, in all processes.
 
     These are the positions of the microbatches that it fills.
     """
-    rows = (
-      _round_up(plan.num_rows, self.microbatch_rows)
-      for plan in self._plans(self.indices(k))
-    )
-    return sum(rows) * self.row_length
+    filled = int(batch.num_microbatches) + int(batch.num_mismatched or 0)
+    return filled * self.microbatch_rows * self.row_length
 
   def padding_fraction(self, k: int) -> float:
     """Returns the share of batch k's computed positions that is padding."""
-    return 1 - self.num_tokens(k) / self.num_positions(k)
+    return 1 - self.num_tokens(k) / self.num_positions(self.batch(k))
 
   def _plans(self, indices: np.ndarray) -> list[packing.Plan]:
     """Returns the plan of the responses, and that of mismatched ones if any."""
