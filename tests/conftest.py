@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join(
@@ -13,6 +14,10 @@ os.environ["XLA_FLAGS"] = " ".join(
     "--xla_cpu_collective_call_terminate_timeout_seconds=300",
   ]
 )
+# What one test compiled the others, and the commands they start, find.
+_PROGRAMS = tempfile.TemporaryDirectory(prefix="dpo_jax_programs")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _PROGRAMS.name)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
