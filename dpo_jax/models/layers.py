@@ -169,8 +169,25 @@ def make_projection(
     dtype=jnp.dtype(config.dtype),
     param_dtype=jnp.dtype(config.param_dtype),
     kernel_init=make_init(config, to_residual=to_residual),
+    dot_general=_dot_tokens,
     name=name,
   )
+
+
+def _dot_tokens(
+  x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **settings: Any
+) -> jax.Array:
+  """Returns `lax.dot_general` of [R,T,...], computed over R T tokens.
+
+  The kernel's gradient then sums over one dimension, not two: over two, XLA
+  for CPU first lays the output's cotangent out anew, and computes all that is
+  fused with it (an activation's derivative) column after column.
+  """
+  (contracted, into), _ = dimension_numbers
+  tokens = x.reshape(-1, *x.shape[2:])
+  numbers = ((tuple(axis - 1 for axis in contracted), into), ((), ()))
+  out = jax.lax.dot_general(tokens, kernel, numbers, **settings)
+  return out.reshape(*x.shape[:2], *out.shape[1:])
 
 
 def make_init(config: ModelConfig, *, to_residual: bool) -> Any:

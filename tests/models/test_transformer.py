@@ -334,3 +334,33 @@ def test_rotation_of_neighbours_is_that_of_halves_of_a_reordered_head():
   )
   np.testing.assert_array_equal(turned[..., 6:], x[..., 6:])
   assert np.abs(turned - x)[:, 1:, :, :6].min() > 0
+
+
+def test_no_gradient_of_a_kernel_sums_over_rows_and_tokens_apart():
+  """One dimension of R T tokens: see `layers._dot_tokens`."""
+  config = CONFIGS["llama"]
+  arguments = _causal(np.zeros((5, 7)))
+  program = jax.make_jaxpr(
+    jax.grad(
+      lambda params: transformer.hidden_states(config, params, *arguments).sum()
+    )
+  )(transformer.param_shapes(config))
+  sizes = [
+    tuple(
+      operand.aval.shape[axis]
+      for axis in equation.params["dimension_numbers"][0][0]
+    )
+    for equation in _equations(program.jaxpr)
+    if equation.primitive.name == "dot_general"
+    for operand in equation.invars[:1]
+  ]
+  assert (35,) in sizes
+  assert (5, 7) not in sizes
+
+
+def _equations(jaxpr):
+  """Yields the equations of a program, those of its loops included."""
+  for equation in jaxpr.eqns:
+    yield equation
+    for inner in jax.core.jaxprs_in_params(equation.params):
+      yield from _equations(inner)
