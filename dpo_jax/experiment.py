@@ -190,10 +190,7 @@ def _make_optimizer(config, total_steps):
 
 def _compute_settings(config):
   options = config.model
-  dtype = options.dtype
-  if dtype == "auto":
-    on_cpu = jax.default_backend() == "cpu"
-    dtype = "float32" if on_cpu else "bfloat16"
+  dtype = sharding.matmul_dtype(options.dtype)
   return dict(dtype=dtype, param_dtype=options.param_dtype, remat=options.remat)
 
 

@@ -69,9 +69,22 @@ def make_mesh(
   )
 
 
+def matmul_dtype(dtype: str) -> str:
+  """Returns what `auto` stands for: bfloat16, float32 on CPU."""
+  if dtype != "auto":
+    return dtype
+  return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
 def num_row_shards(mesh: Mesh) -> int:
   """Returns how many ways the rows of a microbatch are split."""
   return math.prod(mesh.shape[axis] for axis in LOGICAL_AXES["rows"])
+
+
+def num_row_shards_here() -> int:
+  """Returns the same of the mesh that is set; 1 where none is."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty else num_row_shards(mesh)
 
 
 def partition_spec(

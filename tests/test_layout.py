@@ -18,6 +18,7 @@ FLOORS = {
   "rewards": 4,
   "evaluation": 5,
   "experiment": 6,
+  "policy": 6,
   "trainer": 7,
   "benchmark": 8,
   "pipelines": 8,

@@ -24,7 +24,8 @@ rows, and one line in `SOURCES`. Its rows may have any of these columns:
 
 Where demonstrations are asked for, the response of a pair is `chosen`. Where
 labelled responses are asked for, a pair is two of them; where ranked lists
-are, it is one of two. A column `subset`, if a row has it, stands in its
+are, it is one of two. Where prompts are, a row may be any of these, or have
+`prompt` alone. A column `subset`, if a row has it, stands in its
 example as text: evaluations count by it. Other columns are not looked at.
 """
 
@@ -39,7 +40,14 @@ from typing import Any
 from dpo_jax.data import hh, hub, jsonl, synthetic
 
 SOURCES = {"hh": hh, "hub": hub, "jsonl": jsonl, "synthetic": synthetic}
-INPUTS = ("pairs", "scored_pairs", "demonstrations", "labelled", "ranked")
+INPUTS = (
+  "pairs",
+  "scored_pairs",
+  "demonstrations",
+  "labelled",
+  "ranked",
+  "prompts",
+)
 PROMPTS_DIFFER = "prompts differ"
 NOT_ABOVE = "chosen scores no higher than rejected"
 MIN_SCORE_GAP = 1e-30  # still a float32 above 0, which is what batches hold
@@ -68,6 +76,7 @@ def read(source: str, path: str, *, split: str, inputs: str) -> Iterator[dict]:
     "demonstrations": _make_demonstration,
     "labelled": _make_labelled,
     "ranked": _make_ranked,
+    "prompts": _make_prompt,
   }[inputs]
   number = 0
   for number, row in enumerate(_rows(source, path, split), 1):
@@ -217,6 +226,13 @@ def _make_demonstration(row: dict, where: str) -> dict:
     f"{where}: no column 'response'; columns: {', '.join(row)}; allowed:"
     " prompt and response, chosen and rejected, messages, or text"
   )
+
+
+def _make_prompt(row: dict, where: str) -> dict:
+  """Returns the prompt of a row, and the response if it has one."""
+  if "prompt" in row and not {"chosen", "response"} & row.keys():
+    return {"prompt": _get_text(row, "prompt", where)}
+  return _make_demonstration(row, where)
 
 
 def _make_labelled(row: dict, where: str) -> dict:

@@ -78,9 +78,7 @@ def make_settings(path: str, *, dtype: str = "auto", **given: Any) -> Settings:
       )
   if not 0 < settings["beta"] < np.inf:
     raise ValueError(f"beta={settings['beta']:g}: must be above 0")
-  if dtype == "auto":
-    on_cpu = jax.default_backend() == "cpu"
-    dtype = "float32" if on_cpu else "bfloat16"
+  dtype = sharding.matmul_dtype(dtype)
   return Settings(source=path, dtype=dtype, **settings)
 
 

@@ -67,6 +67,57 @@ def interval_attention(
   )
 
 
+@typed
+def cached_attention(
+  q: Float[Array, "R N H"],
+  prompt: tuple[Float[Array, "P K T H"], Float[Array, "P K T H"]],
+  own: tuple[Float[Array, "R K U H"], Float[Array, "R K U H"]],
+  key_start: Int[Array, "R"],
+  key_end: Int[Array, "R"],
+  *,
+  scale: float,
+  soft_cap: float | None = None,
+) -> Float[Array, "R N H"]:
+  """Returns the same of one query a row, over keys and values that are kept.
+
+  A row's keys are the T of its prompt, then U of its own; R / P rows in turn
+  share a prompt, which is read once for all of them. No gradient.
+
+  Args:
+    q: a query of each row.
+    prompt: keys and values of prompts, heads before tokens.
+    own: of rows.
+    key_start: the first of T + U keys that a query sees.
+    key_end: the key after the last; above `key_start`.
+    scale: of scores.
+    soft_cap: as above.
+  """
+  num_rows, _, width = q.shape
+  num_prompts, num_kv_heads, length, _ = prompt[0].shape
+  by_prompt = (num_prompts, num_rows // num_prompts)
+  # "b" prompts, "s" rows of each, "g" query heads of each key head.
+  q = q.reshape(*by_prompt, num_kv_heads, -1, width)
+  own = [x.reshape(*by_prompt, *x.shape[1:]) for x in own]
+  index = jnp.arange(length + own[0].shape[3])[None]
+  visible = (key_start[:, None] <= index) & (index < key_end[:, None])
+  visible = visible.reshape(*by_prompt, 1, 1, -1)
+  scores = jnp.concatenate(
+    [
+      _einsum("bskgh,bkth->bskgt", q, prompt[0]),
+      _einsum("bskgh,bskth->bskgt", q, own[0]),
+    ],
+    axis=-1,
+  )
+  scores *= scale
+  if soft_cap is not None:
+    scores = soft_cap * jnp.tanh(scores / soft_cap)
+  weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf))
+  weights = weights.astype(own[1].dtype)
+  out = _einsum("bskgt,bkth->bskgh", weights[..., :length], prompt[1])
+  out += _einsum("bskgt,bskth->bskgh", weights[..., length:], own[1])
+  return out.reshape(num_rows, -1, width).astype(q.dtype)
+
+
 def _pad(x: jax.Array, padding: int, *, axis: int) -> jax.Array:
   """Returns x with `padding` zeros after its last element along `axis`."""
   widths = [(0, 0)] * x.ndim

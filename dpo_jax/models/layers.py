@@ -225,19 +225,51 @@ class Attention(nn.Module):
       k = make_head_norm(config, "key")(k)
     if angles is not None:
       q, k = (rotate(y, angles, config.rotary_pairs) for y in (q, k))
-    out = attention.interval_attention(
-      q,
-      k,
-      v,
-      key_start,
-      key_end,
-      scale=(config.query_scalar or config.head_width) ** -0.5,
-      soft_cap=config.attention_soft_cap,
-    )
+    settings = {
+      "scale": (config.query_scalar or config.head_width) ** -0.5,
+      "soft_cap": config.attention_soft_cap,
+    }
+    if self.has_variable("cache", "keys"):
+      out = self._extend(q, k, v, key_start, key_end, settings)
+    else:
+      for name, y in (("keys", k), ("values", v)):
+        self.sow("prompt", name, _by_head(y), reduce_fn=lambda _, new: new)
+      out = attention.interval_attention(
+        q, k, v, key_start, key_end, **settings
+      )
     out = sharding.constrain(out, "rows", None, "heads", None)
     return make_projection(
       config, config.d_model, "out", axis=(-2, -1), to_residual=True
     )(out)
+
+  def _extend(self, q, k, v, key_start, key_end, settings):
+    """Returns what one query a row attends to, itself the last of its keys.
+
+    The collection `prompt` has keys and values [P,K,T,H]; `cache` has a row's
+    own [R,K,U,H], and takes those that are given.
+    """
+    prompt, own = [], []
+    for name, y in (("keys", k), ("values", v)):
+      prompt.append(self.get_variable("prompt", name))
+      place = key_end[0, 0] - 1 - prompt[-1].shape[2]
+      kept = jax.lax.dynamic_update_slice_in_dim(
+        self.get_variable("cache", name), _by_head(y), place, axis=2
+      )
+      self.put_variable("cache", name, kept)
+      own.append(kept)
+    return attention.cached_attention(
+      q[:, 0],
+      tuple(prompt),
+      tuple(own),
+      key_start[:, 0],
+      key_end[:, 0],
+      **settings,
+    )[:, None]
+
+
+def _by_head(x: jax.Array) -> jax.Array:
+  """Returns [R,T,K,H] as [R,K,T,H]."""
+  return x.transpose(0, 2, 1, 3)
 
 
 class Mlp(nn.Module):

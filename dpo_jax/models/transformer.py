@@ -47,6 +47,9 @@ AXES = {
   ("mlp", "expert_down"): ("experts", "mlp", "embed"),
 }
 
+# The name of a block whose variables are arrays of their own.
+BLOCK = "block_{}"
+
 # Which outputs of a block are kept for its backward pass.
 REMAT_POLICIES = {
   "full": jax.checkpoint_policies.nothing_saveable,
@@ -116,9 +119,16 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-  """Embeddings, blocks and the final norm; declares the head, if untied."""
+  """Embeddings, blocks and the final norm; declares the head, if untied.
+
+  Attributes:
+    config: the model.
+    is_unrolled: whether each block's variables are arrays of their own (see
+      `unstack`), and the blocks a loop that is traced.
+  """
 
   config: ModelConfig
+  is_unrolled: bool = False
 
   @nn.compact
   def __call__(
@@ -149,7 +159,24 @@ class Decoder(nn.Module):
     if config.scaled_embedding:
       x = x * jnp.asarray(config.d_model**0.5, x.dtype)
     x = sharding.constrain(x, "rows", None, None)
-    block = Block
+    slides = None
+    if config.window is not None:
+      slides = jnp.array(config.sliding, jnp.int32)
+      local = _local_views(config, positions, angles, key_start, key_end)
+      angles, key_start = jax.tree.map(
+        lambda *views: jnp.stack(views), (angles, key_start), local
+      )
+    x = self._run_blocks(x, slides, angles, key_start, key_end)
+    return layers.make_norm(config, "final_norm")(x)
+
+  def _run_blocks(self, x, slides, *inputs):
+    """Returns x after all blocks; `slides` has a leading layer axis."""
+    config, block = self.config, Block
+    if self.is_unrolled:
+      for layer in range(config.num_layers):
+        here = jax.tree.map(lambda y, layer=layer: y[layer], slides)
+        x, _ = block(config, name=BLOCK.format(layer))(x, here, *inputs)
+      return x
     if config.remat != "none":
       # Inside a scan nothing can be merged with the forward pass.
       block = nn.remat(
@@ -162,12 +189,7 @@ class Decoder(nn.Module):
       in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
       length=config.num_layers,
     )
-    slides = None
-    if config.window is not None:
-      slides = jnp.array(config.sliding, jnp.int32)
-      angles, key_start = _with_local(config, positions, angles, key_start)
-    x, _ = blocks(config, name="blocks")(x, slides, angles, key_start, key_end)
-    return layers.make_norm(config, "final_norm")(x)
+    return blocks(config, name="blocks")(x, slides, *inputs)[0]
 
   def _table(self, name: str, shape: tuple[int, int]) -> jax.Array:
     """Returns the parameter `name`, a table of vectors."""
@@ -175,20 +197,17 @@ class Decoder(nn.Module):
     return self.param(name, init, shape, jnp.dtype(self.config.param_dtype))
 
 
-def _with_local(
+def _local_views(
   config: ModelConfig,
   positions: jax.Array,
   angles: jax.Array | None,
   key_start: jax.Array,
+  key_end: jax.Array,
 ) -> tuple[jax.Array | None, jax.Array]:
-  """Returns angles and first keys of global layers, and of sliding ones."""
-  local_angles = angles
+  """Returns angles and first keys as a sliding layer has them."""
   if config.local_rope_theta is not None:
-    local_angles = layers.rotary_angles(config, positions, local=True)
-  index = jnp.arange(positions.shape[1])[None]
-  local_start = jnp.maximum(key_start, index - config.window + 1)
-  both = lambda *views: jax.tree.map(lambda *x: jnp.stack(x), *views)
-  return both(angles, local_angles), both(key_start, local_start)
+    angles = layers.rotary_angles(config, positions, local=True)
+  return angles, jnp.maximum(key_start, key_end - config.window)
 
 
 def _look_up(table: jax.Array, indices: jax.Array) -> jax.Array:
@@ -251,8 +270,8 @@ def hidden_states(
     positions: position ids; with learned positions, those from
       `config.max_positions` on give NaN.
     key_start: the first key of the row that each token sees. A sliding layer
-      cuts it to the last `config.window` indices up to the token's own, so
-      a sequence that is longer must stand in reading order.
+      cuts it to the last `config.window` before `key_end`, so a sequence that
+      is longer must stand in reading order.
     key_end: the key after the last; no more than `key_start` for padding,
       whose state is finite and means nothing.
 
@@ -281,6 +300,95 @@ def hidden_states_and_routing(
   num_tokens = jnp.sum(key_start < key_end, dtype=jnp.float32)
   sums = sown["routing"]["blocks"]["mlp"]
   return states, moe.Routing(**sums, num_tokens=num_tokens)
+
+
+def unstack(config: ModelConfig, params: Params) -> Params:
+  """Returns parameters to sample from, each block's an array of its own.
+
+  Those that are computed with in `config.dtype` are kept in it. A loop over
+  tokens that scanned stacked blocks would copy every weight at every token.
+  """
+
+  def cast(path, leaf):
+    in_norm = any(entry.key.endswith("_norm") for entry in path)
+    return leaf if in_norm else leaf.astype(config.dtype)
+
+  params = jax.tree_util.tree_map_with_path(cast, params)
+  blocks = params.pop("blocks")
+  return params | {
+    BLOCK.format(layer): jax.tree.map(lambda x, layer=layer: x[layer], blocks)
+    for layer in range(config.num_layers)
+  }
+
+
+@typed
+def read_prompts(
+  config: ModelConfig,
+  params: Params,
+  tokens: Int[Array, "R T"],
+  positions: Int[Array, "R T"],
+  key_start: Int[Array, "R T"],
+  key_end: Int[Array, "R T"],
+) -> tuple[Float[Array, "R T D"], Params]:
+  """Returns `hidden_states`, and the keys and values of all tokens.
+
+  Args:
+    config: the model.
+    params: as `unstack` returns them.
+    tokens: as for `hidden_states`, like what follows.
+    positions: the same.
+    key_start: the same.
+    key_end: the same.
+  """
+  states, found = Decoder(config, is_unrolled=True).apply(
+    {"params": params},
+    *(tokens, positions, key_start, key_end),
+    mutable=["prompt"],
+  )
+  return states, found["prompt"]
+
+
+@typed
+def extend(
+  config: ModelConfig,
+  params: Params,
+  prompt: Params,
+  cache: Params,
+  tokens: Int[Array, "R 1"],
+  positions: Int[Array, "R 1"],
+  key_start: Int[Array, "R 1"],
+  key_end: Int[Array, "R 1"],
+) -> tuple[Float[Array, "R 1 D"], Params]:
+  """Returns the state at one more token of each row, and the next cache.
+
+  Args:
+    config: the model.
+    params: as `unstack` returns them.
+    prompt: what `read_prompts` returned of P rows of T tokens that end in
+      the last column; each is the beginning of R / P rows here.
+    cache: of the tokens since; `make_cache` before the first.
+    tokens: the token.
+    positions: its position id.
+    key_start: the first of T + U keys that it sees.
+    key_end: the key after its own; equal in all rows.
+  """
+  states, found = Decoder(config, is_unrolled=True).apply(
+    {"params": params, "prompt": prompt, "cache": cache},
+    *(tokens, positions, key_start, key_end),
+    mutable=["cache"],
+  )
+  return states, found["cache"]
+
+
+def make_cache(prompt: Params, num_rows: int, length: int) -> Params:
+  """Returns room for the keys and values of `length` tokens of each row."""
+
+  def room(like):
+    shape = (num_rows, like.shape[1], length, like.shape[3])
+    empty = jnp.zeros(shape, like.dtype)
+    return sharding.constrain(empty, "rows", "heads", None, None)
+
+  return jax.tree.map(room, prompt)
 
 
 def unembedding(config: ModelConfig, params: Params) -> Unembedding:

@@ -1,6 +1,13 @@
-"""Sampling by a full forward pass for every new token: small, and exact."""
+"""Sampling: a prompt is read once, then every token extends a key cache.
 
+Prompts end in the last column of their rows, so that what a new token sees is
+one interval of keys: those of its prompt, then the response's. All samples of
+a prompt read the same keys of it.
+"""
+
+import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -8,156 +15,309 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax import sharding
-from dpo_jax.types import Params, Unembedding
+from dpo_jax.models import transformer
+from dpo_jax.models.config import ModelConfig
+from dpo_jax.types import Params
 
-# Prompts are padded to a multiple of this, so few lengths are ever compiled.
-PROMPT_LENGTH_MULTIPLE = 4
+# Prompts are padded to a power of two of tokens, at least this: few lengths
+# are ever compiled.
+MIN_PROMPT_LENGTH = 16
 
 
-def sample(
-  hidden_fn: Callable[..., jax.Array],
-  unembedding_fn: Callable[[Params], Unembedding],
-  params: Params,
-  prompts: Sequence[Sequence[int]],
-  *,
-  rng: jax.Array,
-  max_new_tokens: int,
-  temperature: float,
-  eos_id: int,
-  batch_rows: int = 256,
-) -> list[list[int]]:
-  """Returns one sampled response per prompt, in the order of the prompts.
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """How tokens are drawn.
 
-  The key of a token is `rng` with the prompt's place in the list and the
-  token's index in the response folded in, so that samples do not depend on
-  `batch_rows`, and a prompt that is listed twice gets two samples.
-
-  Args:
-    hidden_fn: (params, tokens, positions, key_start, key_end) -> [R,T,D].
-      Compiled once per function object: pass the same one again.
-    unembedding_fn: params -> what turns states into logits.
-    params: what both functions take.
-    prompts: token ids, of any lengths above 0. The longest, rounded up to a
-      multiple of 4, and `max_new_tokens` must fit the model's positions.
-    rng: a key.
-    max_new_tokens: at which length a response is cut.
+  Attributes:
+    max_new_tokens: at which length a response is cut, at least 1.
     temperature: logits are divided by it; 0 takes the most likely token.
-    eos_id: the token that ends a response.
-    batch_rows: how many prompts are sampled at once.
-
-  Returns:
-    Token ids of each response, with EOS where it was reached.
-
-  Raises:
-    ValueError: an argument out of range, or an empty prompt.
+    top_k: only the k most likely tokens are drawn; 0: all.
+    top_p: of these, only the fewest that hold this share of the probability
+      (Holtzman et al. 2020, arXiv 1904.09751); in (0, 1], 1: all.
   """
-  _check(prompts, max_new_tokens, temperature, batch_rows)
-  longest = max((len(prompt) for prompt in prompts), default=0)
-  prompt_length = -(-longest // PROMPT_LENGTH_MULTIPLE) * PROMPT_LENGTH_MULTIPLE
-  sampled = []
-  for first in range(0, len(prompts), batch_rows):
-    tokens = np.full((batch_rows, prompt_length), eos_id, np.int32)
-    lengths = np.zeros(batch_rows, np.int32)
-    for row, prompt in enumerate(prompts[first : first + batch_rows]):
-      tokens[row, : len(prompt)] = prompt
-      lengths[row] = len(prompt)
-    sampled.append(
-      _sample_rows(
-        hidden_fn,
-        unembedding_fn,
-        params,
-        tokens,
-        lengths,
-        np.arange(first, first + batch_rows, dtype=np.int32),
-        rng,
-        np.float32(temperature),
-        np.int32(eos_id),
-        max_new_tokens=max_new_tokens,
+
+  max_new_tokens: int
+  temperature: float = 1.0
+  top_k: int = 0
+  top_p: float = 1.0
+
+  def __post_init__(self):
+    if self.max_new_tokens < 1:
+      raise ValueError(f"max_new_tokens={self.max_new_tokens}: at least 1")
+    if not 0 <= self.temperature < math.inf:
+      raise ValueError(
+        f"temperature={self.temperature:g}: must be finite, at least 0"
       )
-    )
-  rows = [row for batch in jax.device_get(sampled) for row in batch.tolist()]
+    if self.top_k < 0:
+      raise ValueError(f"top_k={self.top_k}: at least 1, or 0 for all")
+    if not 0 < self.top_p <= 1:
+      raise ValueError(f"top_p={self.top_p:g}: must be in (0, 1]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+  """A response: its tokens, with EOS where it was reached.
+
+  Attributes:
+    tokens: token ids.
+    logps: f32, the log-probability of each under the model itself, whatever
+      the temperature and the tokens left out, nats.
+  """
+
+  tokens: list[int]
+  logps: np.ndarray
+
+
+class Sampler:
+  """A model's weights, laid out to sample from."""
+
+  def __init__(self, config: ModelConfig, params: Params):
+    """Copies the weights in `config.dtype`, as `transformer.unstack` does."""
+    self.config = config
+    unstack = functools.partial(transformer.unstack, config)
+    self._params = jax.jit(unstack)(params)
+
+  def sample(
+    self,
+    prompts: Sequence[Sequence[int]],
+    settings: Settings,
+    *,
+    seed: int,
+    eos_id: int,
+    samples_per_prompt: int = 1,
+    batch_rows: int = 256,
+    indices: Sequence[int] | None = None,
+    on_batch: Callable[[dict[int, list[Sample]]], None] | None = None,
+  ) -> list[list[Sample]]:
+    """Returns samples of each prompt, in the order of the prompts.
+
+    A token's key is the seed's with the prompt's index, the sample's and the
+    token's place in the response folded in, so samples depend neither on
+    `batch_rows` nor on the other prompts. To be called under `jax.set_mesh`
+    where the weights are on a mesh; every process gets all samples.
+
+    Args:
+      prompts: token ids, of any lengths above 0.
+      settings: how tokens are drawn.
+      seed: of the draws.
+      eos_id: the token that ends a response.
+      samples_per_prompt: at least 1.
+      batch_rows: about how many responses grow at once: prompts come whole.
+      indices: of the prompts; their places in the list by default. A prompt
+        that is listed twice gets other samples each time.
+      on_batch: is told the samples of each batch, by place in the list.
+
+    Raises:
+      ValueError: an argument out of range, an empty prompt, or one that with
+        its response is longer than learned positions reach.
+    """
+    self._check(prompts, settings, samples_per_prompt, batch_rows)
+    indices = range(len(prompts)) if indices is None else indices
+    shards = sharding.num_row_shards_here()
+    batch = -(-max(batch_rows // samples_per_prompt, 1) // shards) * shards
+    found: dict[int, list[Sample]] = {}
+    for length, places in _by_length(prompts).items():
+      for first in range(0, len(places), batch):
+        here = places[first : first + batch]
+        tokens = np.full((batch, length), eos_id, np.int32)
+        lengths, numbers = np.zeros((2, batch), np.int32)
+        for row, place in enumerate(here):
+          tokens[row, length - len(prompts[place]) :] = prompts[place]
+          lengths[row], numbers[row] = len(prompts[place]), indices[place]
+        drawn = _sample_rows(
+          self.config,
+          self._params,
+          *(tokens, lengths, numbers),
+          jax.random.key(seed),
+          np.float32(settings.temperature),
+          np.float32(settings.top_p),
+          np.int32(eos_id),
+          max_new_tokens=settings.max_new_tokens,
+          samples_per_prompt=samples_per_prompt,
+          top_k=min(settings.top_k, self.config.vocab_size),
+          has_top_p=settings.top_p < 1,
+        )
+        samples = _to_samples(*jax.device_get(drawn), samples_per_prompt)
+        done = dict(zip(here, samples))
+        found |= done
+        if on_batch is not None:
+          on_batch(done)
+    return [found[place] for place in range(len(prompts))]
+
+  def _check(self, prompts, settings, samples_per_prompt, batch_rows):
+    for name, value in (
+      ("samples_per_prompt", samples_per_prompt),
+      ("batch_rows", batch_rows),
+    ):
+      if value < 1:
+        raise ValueError(f"{name}={value}: must be at least 1")
+    limit = None
+    if self.config.positions == "learned":
+      limit = self.config.max_positions
+    for place, prompt in enumerate(prompts):
+      if not len(prompt):
+        raise ValueError(f"prompt {place} is empty: must hold a token or more")
+      # The last token that is sampled is never read.
+      needed = len(prompt) + settings.max_new_tokens - 1
+      if limit is not None and needed > limit:
+        raise ValueError(
+          f"prompt {place} has {len(prompt)} tokens: with"
+          f" max_new_tokens={settings.max_new_tokens} it is longer than the"
+          f" model's {limit} positions"
+        )
+
+
+def _by_length(prompts: Sequence[Sequence[int]]) -> dict[int, list[int]]:
+  """Returns the places of prompts by the length that they are padded to."""
+  found: dict[int, list[int]] = {}
+  for place, prompt in enumerate(prompts):
+    length = max(MIN_PROMPT_LENGTH, 1 << (len(prompt) - 1).bit_length())
+    found.setdefault(length, []).append(place)
+  return dict(sorted(found.items()))
+
+
+def _to_samples(
+  tokens: np.ndarray, logps: np.ndarray, lengths: np.ndarray, per_prompt: int
+) -> list[list[Sample]]:
+  """Returns the samples of each prompt from rows [R,U] and their lengths."""
+  rows = [
+    Sample(tokens[row, :length].tolist(), logps[row, :length])
+    for row, length in enumerate(lengths)
+  ]
   return [
-    row[: row.index(eos_id) + 1] if eos_id in row else row
-    for row in rows[: len(prompts)]
+    rows[first : first + per_prompt]
+    for first in range(0, len(rows), per_prompt)
   ]
 
 
 @functools.partial(
-  jax.jit, static_argnums=(0, 1), static_argnames="max_new_tokens"
+  jax.jit,
+  static_argnums=0,
+  static_argnames=(
+    "max_new_tokens",
+    "samples_per_prompt",
+    "top_k",
+    "has_top_p",
+  ),
 )
 def _sample_rows(
-  hidden_fn: Callable[..., jax.Array],
-  unembedding_fn: Callable[[Params], Unembedding],
+  config: ModelConfig,
   params: Params,
-  prompts: jax.Array,  # i32[R,P]  prompts from the left, then padding
-  lengths: jax.Array,  # i32[R]  of the prompts; 0 is an unused row
-  indices: jax.Array,  # i32[R]  places in the list of all prompts
+  prompts: jax.Array,  # i32[P,T]  padding, then the prompt
+  lengths: jax.Array,  # i32[P]  of the prompts; 0 is an unused row
+  indices: jax.Array,  # i32[P]  what the prompt's key is made of
   rng: jax.Array,
   temperature: jax.Array,
+  top_p: jax.Array,
   eos_id: jax.Array,
   *,
   max_new_tokens: int,
-) -> jax.Array:
-  """Returns responses i32[R,max_new_tokens], EOS from their end on."""
-  num_rows, prompt_length = prompts.shape
-  # The last token sampled is never an input.
-  shape = (num_rows, prompt_length + max_new_tokens - 1)
-  tokens = jnp.pad(prompts, ((0, 0), (0, max_new_tokens - 1)))
-  tokens = sharding.constrain(tokens, "rows", None)
-  # What lies right of the token to extend is stale, and no query sees it.
-  positions = jnp.broadcast_to(jnp.arange(shape[1]), shape)
-  key_start, key_end = jnp.zeros_like(positions), positions + 1
-  unembedding = unembedding_fn(params)
-  row_keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, indices)
-  rows = jnp.arange(num_rows)
+  samples_per_prompt: int,
+  top_k: int,
+  has_top_p: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Returns tokens i32[R,U], logps f32[R,U] and lengths i32[R] of responses.
+
+  Rows are the samples of the first prompt, then of the second, ...
+  """
+  prompt_length = prompts.shape[1]
+  num_rows = len(prompts) * samples_per_prompt
+  unembedding = transformer.unembedding(config, params)
+  fold_in = jax.random.fold_in
+  keys = jax.vmap(
+    lambda index: jax.vmap(lambda sample: fold_in(fold_in(rng, index), sample))(
+      jnp.arange(samples_per_prompt)
+    )
+  )(indices).reshape(num_rows)
+  of_samples = lambda x: jnp.repeat(x, samples_per_prompt, axis=0)
+
+  def draw(step, logits, tokens, logps, ended):
+    step_keys = jax.vmap(fold_in, (0, None))(keys, step)
+    allowed = _allowed(logits, temperature, top_k, top_p, has_top_p)
+    chosen = jnp.where(ended, eos_id, _choose(step_keys, allowed, temperature))
+    of_all = jax.nn.log_softmax(logits)
+    of_chosen = jnp.take_along_axis(of_all, chosen[:, None], axis=1)[:, 0]
+    tokens = tokens.at[:, step].set(chosen)
+    logps = logps.at[:, step].set(jnp.where(ended, 0.0, of_chosen))
+    return tokens, logps, ended | (chosen == eos_id)
 
   def unfinished(carry):
-    step, _, _, ended = carry
+    step, _, _, _, ended = carry
     return (step < max_new_tokens) & ~jnp.all(ended)
 
   def extend(carry):
-    step, tokens, responses, ended = carry
-    hidden = hidden_fn(params, tokens, positions, key_start, key_end)
-    last = hidden[rows, jnp.maximum(lengths + step - 1, 0)]
-    logits = unembedding.logits(last)
-    keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, step)
-    chosen = _choose(keys, logits, temperature)
-    chosen = jnp.where(ended, eos_id, chosen)
-    responses = responses.at[:, step].set(chosen)
-    tokens = tokens.at[rows, lengths + step].set(chosen, mode="drop")
-    return step + 1, tokens, responses, ended | (chosen == eos_id)
+    step, cache, tokens, logps, ended = carry
+    last = jax.lax.dynamic_slice_in_dim(tokens, step - 1, 1, axis=1)
+    states, cache = transformer.extend(
+      config,
+      params,
+      prompt,
+      cache,
+      last,
+      first_positions + step - 1,
+      key_start,
+      jnp.full((num_rows, 1), prompt_length + step),
+    )
+    logits = unembedding.logits(states[:, 0])
+    return step + 1, cache, *draw(step, logits, tokens, logps, ended)
 
-  responses = jnp.full((num_rows, max_new_tokens), eos_id, jnp.int32)
-  carry = (jnp.int32(0), tokens, responses, lengths == 0)
-  _, _, responses, _ = jax.lax.while_loop(unfinished, extend, carry)
+  index = jnp.arange(prompt_length)[None]
+  first = (prompt_length - lengths)[:, None]
+  states, prompt = transformer.read_prompts(
+    config,
+    params,
+    sharding.constrain(prompts, "rows", None),
+    jnp.maximum(index - first, 0),
+    jnp.broadcast_to(first, prompts.shape),
+    # Padding sees nothing.
+    jnp.where(index < first, 0, index + 1),
+  )
+  first_positions, key_start = of_samples(lengths[:, None]), of_samples(first)
+  shape = (num_rows, max_new_tokens)
+  drawn = draw(
+    0,
+    of_samples(unembedding.logits(states[:, -1])),
+    jnp.full(shape, eos_id, jnp.int32),
+    jnp.zeros(shape, jnp.float32),
+    first_positions[:, 0] == 0,
+  )
+  # The last token is never read.
+  cache = transformer.make_cache(prompt, num_rows, max(max_new_tokens - 1, 1))
+  carry = (jnp.int32(1), cache, *drawn)
+  _, _, tokens, logps, _ = jax.lax.while_loop(unfinished, extend, carry)
+  is_eos = tokens == eos_id
+  ends = jnp.where(is_eos.any(1), is_eos.argmax(1) + 1, max_new_tokens)
   # Every process reads all responses.
-  return sharding.constrain(responses, None, None)
+  whole = lambda x: sharding.constrain(x, *[None] * x.ndim)
+  return whole(tokens), whole(logps), whole(ends)
+
+
+def _allowed(
+  logits: jax.Array,
+  temperature: jax.Array,
+  top_k: int,
+  top_p: jax.Array,
+  has_top_p: bool,
+) -> jax.Array:
+  """Returns logits f32[R,V] over the temperature, -inf for what is left out."""
+  logits /= jnp.where(temperature > 0, temperature, 1.0)
+  if top_k:
+    lowest = jax.lax.top_k(logits, top_k)[0][:, -1:]
+    logits = jnp.where(logits < lowest, -jnp.inf, logits)
+  if has_top_p:
+    ordered = jnp.sort(logits, axis=-1, descending=True)
+    shares = jax.nn.softmax(ordered)
+    # What the more likely tokens hold without this one.
+    is_in = jnp.cumsum(shares, axis=-1) - shares < top_p
+    lowest = jnp.min(jnp.where(is_in, ordered, jnp.inf), -1, keepdims=True)
+    logits = jnp.where(logits < lowest, -jnp.inf, logits)
+  return logits
 
 
 def _choose(
   keys: jax.Array, logits: jax.Array, temperature: jax.Array
 ) -> jax.Array:
   """Returns a token i32[R] for logits f32[R,V]; greedy at temperature 0."""
-  scaled = logits / jnp.where(temperature > 0, temperature, 1.0)
-  drawn = jax.vmap(jax.random.categorical)(keys, scaled)
+  drawn = jax.vmap(jax.random.categorical)(keys, logits)
   greedy = jnp.argmax(logits, axis=-1)
   return jnp.where(temperature > 0, drawn, greedy).astype(jnp.int32)
-
-
-def _check(
-  prompts: Sequence[Sequence[int]],
-  max_new_tokens: int,
-  temperature: float,
-  batch_rows: int,
-) -> None:
-  for name, value in (
-    ("max_new_tokens", max_new_tokens),
-    ("batch_rows", batch_rows),
-  ):
-    if value < 1:
-      raise ValueError(f"{name}={value}: must be at least 1")
-  if not 0 <= temperature < float("inf"):
-    raise ValueError(f"temperature={temperature}: must be finite, at least 0")
-  for index, prompt in enumerate(prompts):
-    if not len(prompt):
-      raise ValueError(f"prompt {index} is empty: must hold a token or more")

@@ -167,17 +167,14 @@ def test_what_we_write_is_what_transformers_wrote(case, folders, tmp_path):
 @_by_default("gptj")
 def test_greedy_text_is_that_of_transformers(case, folders):
   config, params = _load(folders / case)
-  responses = decode.sample(
-    functools.partial(transformer.hidden_states, config),
-    functools.partial(transformer.unembedding, config),
-    params,
+  found = decode.Sampler(config, params).sample(
     make_families.token_lists()[0],
-    rng=jax.random.key(0),
-    max_new_tokens=make_families.NEW_TOKENS,
-    temperature=0.0,
+    decode.Settings(make_families.NEW_TOKENS, temperature=0.0),
+    seed=0,
     eos_id=-1,
     batch_rows=4,
   )
+  responses = [sample.tokens for (sample,) in found]
   np.testing.assert_array_equal(responses, _golden(case)["greedy"], STALE)
 
 

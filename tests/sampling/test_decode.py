@@ -1,4 +1,4 @@
-"""The sampler against argmax by hand, softmax, and itself batched otherwise."""
+"""The sampler against full forward passes, and itself batched otherwise."""
 
 import functools
 
@@ -11,236 +11,278 @@ from dpo_jax import sharding
 from dpo_jax.models import config as model_config
 from dpo_jax.models import transformer
 from dpo_jax.sampling import decode
-from dpo_jax.types import Unembedding
 
 EOS = 1
 VOCAB = 13
-PROMPTS = [[4], [2, 5, 3], [7, 7, 2, 9, 3, 6], [5, 3], [8, 2, 2, 4, 11]]
+PROMPTS = [[4], [2, 5, 3], [7, 7, 2, 9, 3, 6] * 3, [5, 3], [8, 2, 2, 4, 11]]
+SIZES = {"vocab_size": VOCAB, "num_layers": 2, "d_model": 16, "num_heads": 2}
+CONFIGS = {
+  "llama": model_config.llama(
+    **SIZES, d_mlp=32, num_kv_heads=1, max_positions=64
+  ),
+  "gpt2": model_config.gpt2(**SIZES, max_positions=64),
+  # Every other layer sees four keys, with angles of its own; scores are
+  # capped.
+  "sliding": model_config.of_family(
+    "gemma2",
+    **SIZES,
+    d_mlp=32,
+    num_kv_heads=1,
+    max_positions=64,
+    window=4,
+    sliding=(True, False),
+    local_rope_theta=100.0,
+    attention_soft_cap=2.0,
+  ),
+  "experts": model_config.of_family(
+    "mixtral",
+    **SIZES,
+    d_mlp=32,
+    num_kv_heads=2,
+    max_positions=64,
+    num_experts=4,
+    experts_per_token=2,
+  ),
+}
 
 
-def _hidden(params, tokens, positions, key_start, key_end):
-  """Returns tanh of the mean over visible tokens, turned by their positions."""
-  index = jnp.arange(tokens.shape[1])[None, None, :]
-  visible = (key_start[..., None] <= index) & (index < key_end[..., None])
-  weights = visible / jnp.sum(visible, axis=-1, keepdims=True)
-  inputs = params["in"][tokens] * jnp.cos(positions)[..., None]
-  return jnp.tanh(3 * jnp.einsum("rts,rsd->rtd", weights, inputs))
+@functools.cache
+def _model(name="llama"):
+  """Returns a config and weights with which the context matters."""
+  config = CONFIGS[name]
+  params = transformer.init_params(config, jax.random.key(0))
+  return config, jax.tree.map(lambda x: x * 8 if x.ndim > 1 else x, params)
 
 
-def _unembedding(params):
-  return Unembedding(params["out"])
+@functools.cache
+def _sampler(name="llama"):
+  return decode.Sampler(*_model(name))
 
 
-@pytest.fixture
-def params():
-  keys = jax.random.split(jax.random.key(0))
-  return {
-    "in": jax.random.normal(keys[0], (VOCAB, 8)),
-    "out": jax.random.normal(keys[1], (VOCAB, 8)),
+def _sample(prompts, *, name="llama", seed=0, new=10, **options):
+  settings = {
+    key: options.pop(key)
+    for key in ("temperature", "top_k", "top_p")
+    if key in options
   }
-
-
-def _sample(params, prompts, *, seed=0, **settings):
-  settings = {"max_new_tokens": 10, "temperature": 1.0, **settings}
-  return decode.sample(
-    _hidden,
-    _unembedding,
-    params,
+  return _sampler(name).sample(
     prompts,
-    rng=jax.random.key(seed),
+    decode.Settings(new, **settings),
+    seed=seed,
     eos_id=EOS,
-    **{"batch_rows": 8, **settings},
+    **{"batch_rows": 8, **options},
   )
 
 
-def _greedy_by_hand(params, prompt, max_new_tokens):
-  """Returns the argmax continuation in numpy, one token after another."""
-  inputs, outputs = np.asarray(params["in"]), np.asarray(params["out"])
-  tokens = list(prompt)
-  for _ in range(max_new_tokens):
-    turned = inputs[tokens] * np.cos(np.arange(len(tokens)))[:, None]
-    state = np.tanh(3 * turned.mean(axis=0))
-    tokens.append(int(np.argmax(outputs @ state)))
-    if tokens[-1] == EOS:
-      break
-  return tokens[len(prompt) :]
+def _tokens(found):
+  return [[sample.tokens for sample in samples] for samples in found]
 
 
-def _fixed(params, tokens, *_):
-  """Returns one state at every token."""
-  return jnp.broadcast_to(params["state"], (*tokens.shape, 5))
+def _logits(sequence, name="llama"):
+  """Returns f32[T,V] of one full forward pass."""
+  config, params = _model(name)
+  tokens = np.zeros((1, 32), np.int32)
+  tokens[0, : len(sequence)] = sequence
+  index = np.arange(32, dtype=np.int32)[None]
+  hidden = jax.jit(transformer.hidden_states, static_argnums=0)
+  states = hidden(config, params, tokens, index, 0 * index, index + 1)
+  logits = transformer.unembedding(config, params).logits(states)
+  return np.asarray(logits)[0, : len(sequence)]
 
 
-def _frequencies(logits, *, num_samples, temperature):
-  responses = decode.sample(
-    _fixed,
-    lambda params: Unembedding(jnp.eye(5)),
-    {"state": jnp.array(logits)[None, None]},
-    [[0]] * num_samples,
-    rng=jax.random.key(3),
-    max_new_tokens=1,
-    temperature=temperature,
-    eos_id=EOS,
-    batch_rows=num_samples,
-  )
-  return np.bincount(np.ravel(responses), minlength=5)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_greedy_is_the_argmax_of_the_full_forward(name):
+  found = _sample(PROMPTS, name=name, temperature=0.0)
+  for prompt, (sample,) in zip(PROMPTS, found, strict=True):
+    logits = _logits(prompt + sample.tokens, name)[len(prompt) - 1 : -1]
+    assert sample.tokens == logits.argmax(axis=-1).tolist()
+  assert len({tuple(sample.tokens) for (sample,) in found}) > 1
 
 
-def test_greedy_equals_argmax_by_hand(params):
-  responses = _sample(params, PROMPTS, temperature=0.0)
-  expected = [_greedy_by_hand(params, prompt, 10) for prompt in PROMPTS]
-  assert responses == expected
-  assert len({tuple(response) for response in responses}) > 1
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logps_are_those_of_the_full_forward(name):
+  settings = {"temperature": 0.7, "top_k": 6, "samples_per_prompt": 3}
+  for prompt, samples in zip(PROMPTS, _sample(PROMPTS, name=name, **settings)):
+    for sample in samples:
+      logits = _logits(prompt + sample.tokens, name)[len(prompt) - 1 : -1]
+      logps = np.asarray(jax.nn.log_softmax(logits))
+      expected = logps[np.arange(len(sample.tokens)), sample.tokens]
+      np.testing.assert_allclose(sample.logps, expected, atol=1e-4)
 
 
-def test_greedy_does_not_depend_on_the_seed(params):
-  first, second = (
-    _sample(params, PROMPTS, temperature=0.0, seed=seed) for seed in (0, 1)
-  )
-  assert first == second
+def test_greedy_does_not_depend_on_the_seed():
+  first, second = (_sample(PROMPTS, temperature=0.0, seed=s) for s in (0, 1))
+  assert _tokens(first) == _tokens(second)
 
 
-def test_a_seed_gives_its_samples_again_and_another_seed_others(params):
-  first, again, other = (_sample(params, PROMPTS, seed=s) for s in (0, 0, 1))
+def test_a_seed_gives_its_samples_again_and_another_seed_others():
+  first, again, other = (_tokens(_sample(PROMPTS, seed=s)) for s in (0, 0, 1))
   assert first == again
   assert first != other
 
 
 @pytest.mark.parametrize("batch_rows", [1, 2, 3, 16])
-def test_samples_do_not_depend_on_the_batch_split(params, batch_rows):
-  prompts = PROMPTS * 2
-  expected = _sample(params, prompts, batch_rows=10)
-  assert _sample(params, prompts, batch_rows=batch_rows) == expected
+def test_samples_do_not_depend_on_the_batch_split(batch_rows):
+  options = {"samples_per_prompt": 2}
+  expected = _tokens(_sample(PROMPTS, batch_rows=10, **options))
+  found = _tokens(_sample(PROMPTS, batch_rows=batch_rows, **options))
+  assert found == expected
 
 
-def test_mixed_prompt_lengths_equal_the_first_alone(params):
-  for prompt in PROMPTS:
-    mixed = _sample(params, [prompt, *PROMPTS])
-    assert mixed[0] == _sample(params, [prompt])[0]
+def test_samples_do_not_depend_on_what_else_is_sampled():
+  whole = _tokens(_sample(PROMPTS, samples_per_prompt=3))
+  for place, prompt in enumerate(PROMPTS):
+    (alone,) = _tokens(_sample([prompt], indices=[place], samples_per_prompt=2))
+    assert alone == whole[place][:2]
+    assert whole[place][0] != whole[place][1]
 
 
-def test_a_prompt_listed_twice_gets_two_samples(params):
-  responses = _sample(params, [PROMPTS[2]] * 20, temperature=2.0)
-  assert len({tuple(response) for response in responses}) > 10
+def test_a_prompt_listed_twice_gets_two_samples():
+  found = _tokens(_sample([PROMPTS[2]] * 20, temperature=2.0))
+  assert len({tuple(tokens) for (tokens,) in found}) > 10
 
 
-def test_responses_end_at_eos_or_at_max_new_tokens(params):
-  responses = _sample(params, PROMPTS * 20, batch_rows=100)
-  for response in responses:
-    assert EOS not in response[:-1]
-    assert response[-1] == EOS or len(response) == 10
-  lengths = {len(response) for response in responses}
+def test_responses_end_at_eos_or_at_max_new_tokens():
+  found = _sample(PROMPTS, samples_per_prompt=20, batch_rows=100)
+  samples = [sample for samples in found for sample in samples]
+  for sample in samples:
+    assert EOS not in sample.tokens[:-1]
+    assert sample.tokens[-1] == EOS or len(sample.tokens) == 10
+    assert len(sample.logps) == len(sample.tokens)
+  lengths = {len(sample.tokens) for sample in samples}
   assert min(lengths) < 10 and max(lengths) == 10
 
 
-def test_the_loop_stops_when_every_row_has_ended():
+def test_the_loop_stops_when_every_row_has_ended(monkeypatch):
   calls = []
+  extend = transformer.extend
 
-  def hidden(params, tokens, *_):
+  def counted(*arguments):
     jax.debug.callback(lambda: calls.append(1))
-    return jnp.broadcast_to(params["state"], (*tokens.shape, 5))
+    return extend(*arguments)
 
-  state = jax.nn.one_hot(jnp.array([[EOS]]), 5)
-  responses = decode.sample(
-    hidden,
-    lambda params: Unembedding(jnp.eye(5)),
-    {"state": state},
-    PROMPTS,
-    rng=jax.random.key(0),
-    max_new_tokens=50,
-    temperature=0.0,
-    eos_id=EOS,
-    batch_rows=8,
-  )
+  monkeypatch.setattr(transformer, "extend", counted)
+  # A length of its own, so that this is compiled anew.
+  found = _sample(PROMPTS, new=200, samples_per_prompt=2, batch_rows=20)
   jax.effects_barrier()
-  assert responses == [[EOS]] * len(PROMPTS)
-  assert len(calls) == 1
+  longest = max(len(s.tokens) for samples in found for s in samples)
+  # The prompts are of two lengths, so there are two batches.
+  assert longest < 200
+  assert longest - 1 <= len(calls) <= 2 * (longest - 1)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_frequencies_match_the_softmax(temperature):
-  logits = np.array([0.5, -1.0, 1.5, 0.0, -2.0], np.float32)
-  counts = _frequencies(logits, num_samples=4000, temperature=temperature)
-  expected = 4000 * np.asarray(jax.nn.softmax(logits / temperature))
-  # Four degrees of freedom: above 18.5 once in a thousand.
-  assert ((counts - expected) ** 2 / expected).sum() < 18.5
-
-
-def test_prompts_of_other_lengths_compile_nothing_new(params):
-  _sample(params, [[2, 3, 4]], temperature=1.0)
-  before = decode._sample_rows._cache_size()
-  _sample(params, [[2], [3, 4, 5, 6]], temperature=0.7)
-  assert decode._sample_rows._cache_size() == before
-
-
-def test_no_prompts_give_no_responses(params):
-  assert _sample(params, []) == []
+  (samples,) = _sample(
+    PROMPTS[1:2],
+    new=1,
+    temperature=temperature,
+    samples_per_prompt=4000,
+    batch_rows=4000,
+  )
+  counts = np.bincount([s.tokens[0] for s in samples], minlength=VOCAB)
+  logits = _logits(PROMPTS[1])[-1] / temperature
+  expected = 4000 * np.asarray(jax.nn.softmax(logits))
+  often = expected > 5
+  statistic = ((counts - expected) ** 2 / expected)[often].sum()
+  # At most twelve degrees of freedom: above 32.9 once in a thousand.
+  assert often.sum() > 3 and statistic < 32.9
 
 
 @pytest.mark.parametrize(
-  ("settings", "message"),
+  ("settings", "kept"),
   [
-    ({"max_new_tokens": 0}, "max_new_tokens=0: must be at least 1"),
-    ({"batch_rows": 0}, "batch_rows=0: must be at least 1"),
-    ({"temperature": -1.0}, "temperature=-1.0: must be finite"),
-    ({"temperature": float("nan")}, "temperature=nan: must be finite"),
+    ({"top_k": 1}, 1),
+    ({"top_k": 3}, 3),
+    ({"top_k": 1000}, 5),
+    ({"top_p": 0.5}, 1),
+    ({"top_p": 0.7}, 2),
+    ({"top_p": 0.97}, 4),
+    ({"top_k": 3, "top_p": 0.84}, 2),
   ],
 )
-def test_an_argument_out_of_range_is_refused(params, settings, message):
+def test_top_k_and_top_p_leave_the_likeliest(settings, kept):
+  # By hand: of the first three tokens, the first two hold 0.8 / 0.95.
+  logits = jnp.log(jnp.array([[0.05, 0.5, 0.15, 0.3, 1e-6]]))
+  allowed = decode._allowed(
+    logits,
+    jnp.float32(1),
+    min(settings.get("top_k", 0), 5),
+    jnp.float32(settings.get("top_p", 1.0)),
+    "top_p" in settings,
+  )
+  likeliest = [1, 3, 2, 0, 4][:kept]
+  assert set(np.flatnonzero(np.isfinite(allowed[0]))) == set(likeliest)
+  np.testing.assert_array_equal(
+    allowed[0][np.array(likeliest)], logits[0][np.array(likeliest)]
+  )
+
+
+def test_top_k_of_one_is_greedy():
+  greedy = _sample(PROMPTS, temperature=0.0)
+  assert _tokens(_sample(PROMPTS, top_k=1)) == _tokens(greedy)
+  assert _tokens(_sample(PROMPTS, top_p=1e-6)) == _tokens(greedy)
+
+
+def test_prompts_of_other_lengths_compile_nothing_new():
+  _sample([[2, 3, 4]], temperature=1.0)
+  before = decode._sample_rows._cache_size()
+  _sample([[2], [3, 4, 5, 6] * 4], temperature=0.7, seed=5)
+  assert decode._sample_rows._cache_size() == before
+  _sample([[3] * 17])  # padded to 32 tokens, not 16
+  assert decode._sample_rows._cache_size() <= before + 1
+
+
+def test_each_batch_is_told_once():
+  told = {}
+  found = _sample(PROMPTS, batch_rows=2, on_batch=told.update)
+  assert {place: told[place] for place in range(len(PROMPTS))} == dict(
+    enumerate(found)
+  )
+
+
+def test_no_prompts_give_no_responses():
+  assert _sample([]) == []
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"new": 0}, "max_new_tokens=0: at least 1"),
+    ({"batch_rows": 0}, "batch_rows=0: must be at least 1"),
+    ({"samples_per_prompt": 0}, "samples_per_prompt=0: must be at least 1"),
+    ({"temperature": -1.0}, "temperature=-1: must be finite"),
+    ({"temperature": float("nan")}, "temperature=nan: must be finite"),
+    ({"top_k": -1}, "top_k=-1: at least 1, or 0"),
+    ({"top_p": 0.0}, r"top_p=0: must be in \(0, 1\]"),
+    ({"top_p": 1.5}, r"top_p=1.5: must be in \(0, 1\]"),
+    ({"name": "gpt2", "new": 48}, "prompt 2 has 18 tokens: .* 64 positions"),
+  ],
+)
+def test_an_argument_out_of_range_is_refused(options, message):
   with pytest.raises(ValueError, match=message):
-    _sample(params, PROMPTS, **settings)
+    _sample(PROMPTS, **options)
 
 
-def test_an_empty_prompt_is_refused(params):
+def test_an_empty_prompt_is_refused():
   with pytest.raises(ValueError, match="prompt 1 is empty"):
-    _sample(params, [[2], []])
+    _sample([[2], []])
 
 
-@pytest.fixture(scope="module")
-def decoder():
-  config = model_config.llama(
-    vocab_size=VOCAB,
-    num_layers=2,
-    d_model=16,
-    d_mlp=32,
-    num_heads=2,
-    max_positions=32,
+@pytest.mark.parametrize(
+  "name", ["llama", pytest.param("experts", marks=pytest.mark.slow)]
+)
+def test_8_devices_sample_what_1_samples(name):
+  config, params = _model(name)
+  expected = _sample(PROMPTS, name=name, samples_per_prompt=2)
+  axes = {"fsdp": 4, "tensor": 2} if name == "llama" else {"expert": 4}
+  mesh = sharding.make_mesh(**{"fsdp": 2, **axes})
+  layouts = sharding.array_shardings(
+    mesh, transformer.logical_axes(config), transformer.param_shapes(config)
   )
-  params = transformer.init_params(config, jax.random.key(0))
-  # Larger weights than those of a new model: the context must matter.
-  params = jax.tree.map(lambda x: x * 8 if x.ndim > 1 else x, params)
-  return (
-    functools.partial(transformer.hidden_states, config),
-    functools.partial(transformer.unembedding, config),
-    params,
-  )
-
-
-def test_greedy_of_a_transformer_is_the_argmax_of_its_full_forward(decoder):
-  hidden_fn, unembedding_fn, params = decoder
-  settings = {"max_new_tokens": 8, "temperature": 0.0, "eos_id": EOS}
-  responses = decode.sample(
-    *decoder, PROMPTS, rng=jax.random.key(0), batch_rows=8, **settings
-  )
-  tokens = np.zeros((len(PROMPTS), 16), np.int32)
-  for row, (prompt, response) in enumerate(zip(PROMPTS, responses)):
-    tokens[row, : len(prompt + response)] = prompt + response
-  index = np.broadcast_to(np.arange(16, dtype=np.int32), tokens.shape)
-  hidden = jax.jit(hidden_fn)(params, tokens, index, 0 * index, index + 1)
-  logits = np.asarray(unembedding_fn(params).logits(hidden))
-  for row, (prompt, response) in enumerate(zip(PROMPTS, responses)):
-    predicted = logits[row].argmax(axis=-1)[len(prompt) - 1 :]
-    assert response == predicted[: len(response)].tolist()
-
-
-def test_8_devices_sample_what_1_samples(decoder):
-  hidden_fn, unembedding_fn, params = decoder
-  settings = {"max_new_tokens": 8, "temperature": 1.0, "eos_id": EOS}
-  sample = functools.partial(
-    decode.sample, rng=jax.random.key(0), batch_rows=8, **settings
-  )
-  expected = sample(*decoder, PROMPTS)
-  mesh = sharding.make_mesh(fsdp=4, tensor=2)
   with jax.set_mesh(mesh):
-    params = jax.device_put(params, sharding.replicated(mesh))
-    assert sample(hidden_fn, unembedding_fn, params, PROMPTS) == expected
+    sampler = decode.Sampler(config, jax.device_put(params, layouts))
+    found = sampler.sample(
+      PROMPTS, decode.Settings(10), seed=0, eos_id=EOS, samples_per_prompt=2
+    )
+  assert _tokens(found) == _tokens(expected)
