@@ -136,6 +136,7 @@ class Sampler:
           samples_per_prompt=samples_per_prompt,
           top_k=min(settings.top_k, self.config.vocab_size),
           has_top_p=settings.top_p < 1,
+          is_greedy=settings.temperature == 0,
         )
         samples = _to_samples(*jax.device_get(drawn), samples_per_prompt)
         done = dict(zip(here, samples))
@@ -198,6 +199,7 @@ def _to_samples(
     "samples_per_prompt",
     "top_k",
     "has_top_p",
+    "is_greedy",
   ),
 )
 def _sample_rows(
@@ -215,6 +217,7 @@ def _sample_rows(
   samples_per_prompt: int,
   top_k: int,
   has_top_p: bool,
+  is_greedy: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Returns tokens i32[R,U], logps f32[R,U] and lengths i32[R] of responses.
 
@@ -232,9 +235,13 @@ def _sample_rows(
   of_samples = lambda x: jnp.repeat(x, samples_per_prompt, axis=0)
 
   def draw(step, logits, tokens, logps, ended):
-    step_keys = jax.vmap(fold_in, (0, None))(keys, step)
-    allowed = _allowed(logits, temperature, top_k, top_p, has_top_p)
-    chosen = jnp.where(ended, eos_id, _choose(step_keys, allowed, temperature))
+    if is_greedy:
+      chosen = jnp.argmax(logits, axis=-1)
+    else:
+      step_keys = jax.vmap(fold_in, (0, None))(keys, step)
+      allowed = _allowed(logits / temperature, top_k, top_p, has_top_p)
+      chosen = _choose(jax.vmap(jax.random.uniform)(step_keys), allowed)
+    chosen = jnp.where(ended, eos_id, chosen).astype(jnp.int32)
     of_all = jax.nn.log_softmax(logits)
     of_chosen = jnp.take_along_axis(of_all, chosen[:, None], axis=1)[:, 0]
     tokens = tokens.at[:, step].set(chosen)
@@ -293,14 +300,9 @@ def _sample_rows(
 
 
 def _allowed(
-  logits: jax.Array,
-  temperature: jax.Array,
-  top_k: int,
-  top_p: jax.Array,
-  has_top_p: bool,
+  logits: jax.Array, top_k: int, top_p: jax.Array, has_top_p: bool
 ) -> jax.Array:
-  """Returns logits f32[R,V] over the temperature, -inf for what is left out."""
-  logits /= jnp.where(temperature > 0, temperature, 1.0)
+  """Returns logits f32[R,V], -inf for what is left out."""
   if top_k:
     lowest = jax.lax.top_k(logits, top_k)[0][:, -1:]
     logits = jnp.where(logits < lowest, -jnp.inf, logits)
@@ -314,10 +316,35 @@ def _allowed(
   return logits
 
 
-def _choose(
-  keys: jax.Array, logits: jax.Array, temperature: jax.Array
-) -> jax.Array:
-  """Returns a token i32[R] for logits f32[R,V]; greedy at temperature 0."""
-  drawn = jax.vmap(jax.random.categorical)(keys, logits)
-  greedy = jnp.argmax(logits, axis=-1)
-  return jnp.where(temperature > 0, drawn, greedy).astype(jnp.int32)
+def _choose(uniform: jax.Array, logits: jax.Array) -> jax.Array:
+  """Returns the token i32[R] at which the distribution passes f32[R] of [0,1).
+
+  One random number a row: noise for every logit costs more than the product
+  that makes the logits. The cumulative sum is taken over blocks of tokens,
+  then within one of them.
+  """
+  num_rows, vocab = logits.shape
+  block = math.isqrt(vocab - 1) + 1
+  weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
+  weights = jnp.pad(weights, ((0, 0), (0, -vocab % block)))
+  weights = weights.reshape(num_rows, -1, block)
+  sums = weights.sum(axis=-1)
+  place, rest = _passes(sums, uniform * sums.sum(axis=-1))
+  rows = jnp.arange(num_rows)
+  within, _ = _passes(weights[rows, place], rest)
+  return place * block + within
+
+
+def _passes(
+  weights: jax.Array, target: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Returns where the sum of f32[R,n] first is above f32[R], and what is left.
+
+  A weight of 0 is never where; a target that rounding put at the sum of all
+  weights is just below it.
+  """
+  sums = jnp.cumsum(weights, axis=-1)
+  target = jnp.minimum(target, jnp.nextafter(sums[:, -1], 0.0))
+  place = jnp.sum(sums <= target[:, None], axis=-1)
+  take = lambda x: jnp.take_along_axis(x, place[:, None], axis=-1)[:, 0]
+  return place, target - (take(sums) - take(weights))

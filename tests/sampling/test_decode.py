@@ -14,7 +14,9 @@ from dpo_jax.sampling import decode
 
 EOS = 1
 VOCAB = 13
-PROMPTS = [[4], [2, 5, 3], [7, 7, 2, 9, 3, 6] * 3, [5, 3], [8, 2, 2, 4, 11]]
+PROMPTS = [[4], [2, 5, 3], [7, 7, 2, 9, 3, 6] * 2, [5, 3], [8, 2, 2, 4, 11]]
+LONG = [7, 7, 2, 9, 3, 6] * 3  # padded to 32 tokens, where the others are to 16
+_slow = lambda *value: pytest.param(*value, marks=pytest.mark.slow)
 SIZES = {"vocab_size": VOCAB, "num_layers": 2, "d_model": 16, "num_heads": 2}
 CONFIGS = {
   "llama": model_config.llama(
@@ -90,16 +92,26 @@ def _logits(sequence, name="llama"):
   return np.asarray(logits)[0, : len(sequence)]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+  "name",
+  [
+    "llama",
+    "experts",
+    *map(_slow, sorted(CONFIGS.keys() - {"llama", "experts"})),
+  ],
+)
 def test_greedy_is_the_argmax_of_the_full_forward(name):
-  found = _sample(PROMPTS, name=name, temperature=0.0)
-  for prompt, (sample,) in zip(PROMPTS, found, strict=True):
+  prompts = [*PROMPTS, LONG]
+  found = _sample(prompts, name=name, temperature=0.0)
+  for prompt, (sample,) in zip(prompts, found, strict=True):
     logits = _logits(prompt + sample.tokens, name)[len(prompt) - 1 : -1]
     assert sample.tokens == logits.argmax(axis=-1).tolist()
   assert len({tuple(sample.tokens) for (sample,) in found}) > 1
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+  "name", ["sliding", *map(_slow, sorted(CONFIGS.keys() - {"sliding"}))]
+)
 def test_logps_are_those_of_the_full_forward(name):
   settings = {"temperature": 0.7, "top_k": 6, "samples_per_prompt": 3}
   for prompt, samples in zip(PROMPTS, _sample(PROMPTS, name=name, **settings)):
@@ -121,7 +133,7 @@ def test_a_seed_gives_its_samples_again_and_another_seed_others():
   assert first != other
 
 
-@pytest.mark.parametrize("batch_rows", [1, 2, 3, 16])
+@pytest.mark.parametrize("batch_rows", [3, _slow(1), _slow(16)])
 def test_samples_do_not_depend_on_the_batch_split(batch_rows):
   options = {"samples_per_prompt": 2}
   expected = _tokens(_sample(PROMPTS, batch_rows=10, **options))
@@ -166,9 +178,8 @@ def test_the_loop_stops_when_every_row_has_ended(monkeypatch):
   found = _sample(PROMPTS, new=200, samples_per_prompt=2, batch_rows=20)
   jax.effects_barrier()
   longest = max(len(s.tokens) for samples in found for s in samples)
-  # The prompts are of two lengths, so there are two batches.
   assert longest < 200
-  assert longest - 1 <= len(calls) <= 2 * (longest - 1)
+  assert len(calls) == longest - 1
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -195,7 +206,7 @@ def test_frequencies_match_the_softmax(temperature):
     ({"top_k": 1}, 1),
     ({"top_k": 3}, 3),
     ({"top_k": 1000}, 5),
-    ({"top_p": 0.5}, 1),
+    ({"top_p": 0.45}, 1),
     ({"top_p": 0.7}, 2),
     ({"top_p": 0.97}, 4),
     ({"top_k": 3, "top_p": 0.84}, 2),
@@ -206,7 +217,6 @@ def test_top_k_and_top_p_leave_the_likeliest(settings, kept):
   logits = jnp.log(jnp.array([[0.05, 0.5, 0.15, 0.3, 1e-6]]))
   allowed = decode._allowed(
     logits,
-    jnp.float32(1),
     min(settings.get("top_k", 0), 5),
     jnp.float32(settings.get("top_p", 1.0)),
     "top_p" in settings,
@@ -216,6 +226,17 @@ def test_top_k_and_top_p_leave_the_likeliest(settings, kept):
   np.testing.assert_array_equal(
     allowed[0][np.array(likeliest)], logits[0][np.array(likeliest)]
   )
+
+
+def test_what_has_no_weight_is_never_drawn_and_the_rest_by_its_share():
+  logits = np.full(300, -np.inf, np.float32)
+  logits[[7, 123, 299]] = np.log([0.2, 0.5, 0.3])
+  uniform = np.linspace(0, 1, 10_001, dtype=np.float32)
+  uniform[-1] = np.nextafter(np.float32(1), np.float32(0))
+  drawn = decode._choose(uniform, jnp.tile(logits, (len(uniform), 1)))
+  tokens, counts = np.unique(drawn, return_counts=True)
+  assert tokens.tolist() == [7, 123, 299]
+  np.testing.assert_allclose(counts / len(drawn), [0.2, 0.5, 0.3], atol=2e-4)
 
 
 def test_top_k_of_one_is_greedy():
@@ -229,8 +250,6 @@ def test_prompts_of_other_lengths_compile_nothing_new():
   before = decode._sample_rows._cache_size()
   _sample([[2], [3, 4, 5, 6] * 4], temperature=0.7, seed=5)
   assert decode._sample_rows._cache_size() == before
-  _sample([[3] * 17])  # padded to 32 tokens, not 16
-  assert decode._sample_rows._cache_size() <= before + 1
 
 
 def test_each_batch_is_told_once():
@@ -256,7 +275,7 @@ def test_no_prompts_give_no_responses():
     ({"top_k": -1}, "top_k=-1: at least 1, or 0"),
     ({"top_p": 0.0}, r"top_p=0: must be in \(0, 1\]"),
     ({"top_p": 1.5}, r"top_p=1.5: must be in \(0, 1\]"),
-    ({"name": "gpt2", "new": 48}, "prompt 2 has 18 tokens: .* 64 positions"),
+    ({"name": "gpt2", "new": 54}, "prompt 2 has 12 tokens: .* 64 positions"),
   ],
 )
 def test_an_argument_out_of_range_is_refused(options, message):
