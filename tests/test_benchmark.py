@@ -7,7 +7,7 @@ import sys
 import jax
 import numpy as np
 
-from dpo_jax import benchmark
+from dpo_jax import benchmark, benchmark_sampling
 from dpo_jax.models import config as model_config
 from dpo_jax.models import transformer
 from tests import test_end_to_end
@@ -89,3 +89,34 @@ def test_the_command_prints_and_writes_both_layouts(tmp_path):
     cwd=test_end_to_end.REPOSITORY,
   )
   assert "a is 1.00 times as fast" in done.stdout
+
+
+def test_needed_work_of_a_token_by_hand():
+  config = model_config.make_config("tiny", vocab_size=100)
+  weights = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 176) + 100 * 64
+  needed = benchmark_sampling.needed_work(config, 3, 10, 20)
+  # Keys and values of 2 layers and 2 heads of 16, of 10 + 20 / 2 tokens.
+  assert needed["bytes"] == 4 * (weights + 3 * 20 * 2 * 2 * 2 * 16)
+  assert needed["flops"] == 2 * 3 * weights + 4 * 3 * 2 * 64 * 20
+
+
+def test_the_command_times_sampling(tmp_path):
+  output = tmp_path / "speed.json"
+  process = test_end_to_end.start(
+    "sample",
+    "--config=configs/benchmark.py",
+    "--config.model.preset=tiny",
+    "--config.model.vocab_size=100",
+    "--rows=1,4",
+    "--max_new_tokens=8",
+    "--rounds=1",
+    f"--output={output}",
+    module="launch.benchmark",
+  )
+  out, err = process.communicate(timeout=200)
+  assert process.returncode == 0, out + err
+  assert "of the limit" in out
+  variants = json.loads(output.read_text())["variants"]
+  assert variants.keys() == {"1", "4"}
+  for row in variants.values():
+    assert row["share_of_limit"] > 0 and row["tokens_per_second"] > 0

@@ -21,6 +21,7 @@ FLOORS = {
   "policy": 6,
   "trainer": 7,
   "benchmark": 8,
+  "benchmark_sampling": 9,
   "pipelines": 8,
   "sweeps": 8,
 }
