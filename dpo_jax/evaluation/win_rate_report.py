@@ -1,0 +1,158 @@
+"""Win rates as a table, a record and a figure."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib import axes, figure
+
+from dpo_jax.evaluation import frontier, judges, win_rate
+from dpo_jax.evaluation.win_rate import Cell, Match
+
+
+def evaluate(
+  judge: judges.Judge,
+  policy: Sequence[str],
+  baseline: str,
+  output: str,
+  *,
+  order: str,
+  seed: int,
+) -> str:
+  """Returns a table of win rates, and writes what it is from.
+
+  Args:
+    judge: what is asked.
+    policy: files of responses.
+    baseline: a file of responses to the same prompts.
+    output: folder; see `write`.
+    order: of `judges.ORDERS`.
+    seed: of random orders and of the bootstrap.
+
+  Raises:
+    ValueError: a file that cannot be read or matched.
+  """
+  responses = [x for path in policy for x in win_rate.read_responses(path)]
+  against = win_rate.read_responses(baseline)
+  matches = win_rate.match(responses, against)
+  decisions = win_rate.compare(judge, matches, order=order, seed=seed)
+  prompts = {x.prompt for x in against}
+  settings = {"order": order, "seed": seed, "baseline": baseline}
+  settings |= {"num_baseline_prompts": len(prompts), "judge": judge.name}
+  cells = win_rate.summarise(matches, decisions, seed=seed)
+  settings["usage"] = judge.usage()
+  return write(output, cells, settings, matches, decisions)
+
+
+def write(
+  folder: str | pathlib.Path,
+  cells: Sequence[Cell],
+  settings: dict[str, Any],
+  matches: Sequence[Match],
+  decisions: Sequence[judges.Decision],
+) -> str:
+  """Writes what was found; returns the table.
+
+  Args:
+    folder: gets `comparisons.jsonl`, a line each; `win_rate.json`, settings
+      and cells; `win_rate.md`, the table; and `win_rate.png`.
+    cells: at least one.
+    settings: how they were found.
+    matches: what was compared.
+    decisions: of each.
+  """
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  with (folder / "comparisons.jsonl").open("w") as file:
+    for one, decision in zip(matches, decisions, strict=True):
+      file.write(json.dumps(_record(one, decision)) + "\n")
+  record = settings | {"cells": [dataclasses.asdict(cell) for cell in cells]}
+  text = json.dumps(record, indent=2, allow_nan=False)
+  (folder / "win_rate.json").write_text(text + "\n")
+  (folder / "win_rate.md").write_text(table(cells) + "\n")
+  fig = figure.Figure(figsize=(5.5, 3.8), layout="constrained")
+  draw(fig.subplots(), cells)
+  fig.savefig(folder / "win_rate.png", dpi=200)
+  return table(cells)
+
+
+def table(cells: Sequence[Cell]) -> str:
+  """Returns the cells as a Markdown table; a dash stands for what is not."""
+  lines = [
+    "| method | temperature | prompts | comparisons | wins | ties | losses"
+    " | unparsed | win rate | 95% interval | shown first | consistent |",
+    "|---|" + "---:|" * 11,
+  ]
+  for x in cells:
+    values = [x.method, "-" if x.temperature is None else f"{x.temperature:g}"]
+    values += [x.num_prompts, x.num_comparisons, x.wins, x.ties, x.losses]
+    values += [x.unparsed, number(x.win_rate), interval(x.low, x.high)]
+    values += [number(x.first_share), number(x.consistency)]
+    lines.append("| " + " | ".join(map(str, values)) + " |")
+  return "\n".join(lines)
+
+
+def number(value: float | None) -> str:
+  """Returns a share as text; a dash for None."""
+  return "-" if value is None else f"{value:.4f}"
+
+
+def interval(low: float | None, high: float | None) -> str:
+  """Returns an interval as text; a dash for None."""
+  return "-" if low is None else f"{low:.4f} to {high:.4f}"
+
+
+def draw(ax: axes.Axes, cells: Sequence[Cell]) -> None:
+  """Draws win rate against temperature, a line a method.
+
+  A method whose rows say no temperature is a dashed line across.
+  """
+  ax.axhline(0.5, color="0.6", linewidth=1, zorder=0)
+  for place, method in enumerate(dict.fromkeys(x.method for x in cells)):
+    color = frontier.COLORS[place % len(frontier.COLORS)]
+    marker = frontier.MARKERS[place % len(frontier.MARKERS)]
+    found = [x for x in cells if x.method == method and x.win_rate is not None]
+    for x in found:
+      if x.temperature is None:
+        line = {"color": color, "linestyle": "--", "label": method}
+        ax.axhline(x.win_rate, linewidth=1.2, **line)
+        ax.axhspan(x.low, x.high, color=color, alpha=0.12, linewidth=0)
+    found = [x for x in found if x.temperature is not None]
+    if found:
+      # A bootstrap of skewed values may leave their mean outside by rounding.
+      below = [max(x.win_rate - x.low, 0) for x in found]
+      above = [max(x.high - x.win_rate, 0) for x in found]
+      ax.errorbar(
+        [x.temperature for x in found],
+        [x.win_rate for x in found],
+        yerr=[below, above],
+        label=method,
+        color=color,
+        marker=marker,
+        markersize=5,
+        elinewidth=1,
+        capsize=2,
+      )
+  ax.set_ylim(0, 1)
+  ax.set_xlabel("sampling temperature")
+  ax.set_ylabel("win rate against the baseline")
+  ax.spines[["top", "right"]].set_visible(False)
+  ax.grid(color="0.92", linewidth=0.8)
+  ax.set_axisbelow(True)
+  if any(x.win_rate is not None for x in cells):
+    ax.legend(frameon=False, fontsize="small", loc="best")
+
+
+def _record(one: Match, decision: judges.Decision) -> dict[str, Any]:
+  """Returns the line of one comparison."""
+  return {
+    "method": one.policy.method,
+    "temperature": one.policy.temperature,
+    "prompt": one.policy.prompt,
+    "policy": one.policy.text,
+    "baseline": one.baseline.text,
+    "points": win_rate.POINTS.get(decision.preferred),
+    **decision.record(),
+  }
