@@ -69,7 +69,8 @@ def share(
 ) -> dict[str, float | str | None]:
   """Returns a mean of values in 0..1 and its 95% interval.
 
-  The interval is Wilson's where each group has one value, 0 or 1; else it is a
+  The interval is Wilson's where each group has one value, 0 or 1, or where all
+  values are 0 or all 1, of which a bootstrap would be too sure; else it is a
   bootstrap over groups.
 
   Args:
@@ -91,8 +92,9 @@ def share(
   counts = np.bincount(index).astype(np.float64)
   if by_group:
     sums, counts = sums / counts, np.ones_like(counts)
-  if len(sums) == len(values) and set(values) <= {0, 1}:
-    kind, interval = "wilson", wilson(int(sums.sum()), len(values))
+  is_single = len(sums) == len(values) or len(set(values)) == 1
+  if is_single and set(values) <= {0, 1}:
+    kind, interval = "wilson", wilson(int((sums > 0).sum()), len(sums))
   else:
     kind, interval = "bootstrap", bootstrap(sums, counts, seed=seed)
   mean = float(sums.sum() / counts.sum())

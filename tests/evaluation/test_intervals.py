@@ -89,6 +89,13 @@ def test_ties_and_repeated_prompts_are_bootstrapped(values, groups):
   assert found["low"] <= found["share"] <= found["high"]
 
 
+def test_groups_that_are_all_alike_are_as_many_trials():
+  for value in (0.0, 1.0):
+    found = intervals.share([value] * 6, list("aabbcc"), by_group=False, seed=0)
+    expected = intervals.wilson(3 * int(value), 3)
+    assert (found["low"], found["high"]) == expected
+
+
 def test_groups_count_the_same_or_by_their_values():
   values, groups = [1, 1, 1, 0], list("aaab")
   mean = lambda by_group: intervals.share(
