@@ -114,7 +114,8 @@ def evaluate(
       pairs.append(pair)
       lists.append(tokens)
   tokens = dataset.TokenDataset.from_lists(*zip(*lists, strict=True))
-  policy = _logps(opened, settings, tokens)
+  lengths = {"dtype": settings.dtype, "max_length": settings.max_length}
+  policy = model_logps(opened, tokens, **lengths)
   against = source.open_model(settings.reference)
   if against.config.vocab_size != opened.config.vocab_size:
     raise ValueError(
@@ -122,7 +123,7 @@ def evaluate(
       f" {against.config.vocab_size} tokens and the policy's"
       f" {opened.config.vocab_size}"
     )
-  reference = _logps(against, settings, tokens)
+  reference = model_logps(against, tokens, **lengths)
   pairs = [
     dataclasses.replace(
       pair,
@@ -172,14 +173,28 @@ def _tokenize(rows, path, tokenizer, settings):
   print(f"data: {path}: {kept} of {number} rows kept{reasons}", flush=True)
 
 
-def _logps(opened, settings, tokens) -> np.ndarray:
-  """Returns f32[n,2] of one model, which is let go of afterwards."""
-  model = dataclasses.replace(opened.config, dtype=settings.dtype)
-  is_bounded = model.positions == "learned"
-  if is_bounded and settings.max_length > model.max_positions:
+def model_logps(
+  opened: source.ModelSource,
+  tokens: dataset.TokenDataset,
+  *,
+  dtype: str,
+  max_length: int,
+) -> np.ndarray:
+  """Returns f32[n,2] of one model, which is let go of afterwards.
+
+  Args:
+    opened: the model.
+    tokens: prompts, each with two responses; an absent one has 0.
+    dtype: of matmuls.
+    max_length: tokens of prompt and one response.
+
+  Raises:
+    ValueError: the model has fewer positions.
+  """
+  model = dataclasses.replace(opened.config, dtype=dtype)
+  if model.positions == "learned" and max_length > model.max_positions:
     raise ValueError(
-      f"max_length={settings.max_length}: the model has"
-      f" {model.max_positions} positions"
+      f"max_length={max_length}: the model has {model.max_positions} positions"
     )
   mesh = sharding.make_mesh()
   num_rows = SHARD_ROWS * sharding.num_row_shards(mesh)
