@@ -10,7 +10,7 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
@@ -60,6 +60,34 @@ def load_config(
   except flags.Error as error:
     raise ValueError(str(error)) from error
   return config.value
+
+
+def check_flags(
+  command: str,
+  needed: Mapping[str, Sequence[flags.FlagHolder]],
+  optional: Mapping[str, Sequence[flags.FlagHolder]],
+) -> None:
+  """Checks that a command of several has its flags, and no other's.
+
+  Args:
+    command: a key of both.
+    needed: the flags that each command cannot do without.
+    optional: those that it can.
+
+  Raises:
+    ValueError: one is missing, or is of other commands only.
+  """
+  for holder in needed[command]:
+    if holder.value is None:
+      raise ValueError(f"{command} needs --{holder.name}")
+  own = {x.name for x in (*needed[command], *optional[command])}
+  for other in needed:
+    for holder in (*needed[other], *optional[other]):
+      if holder.present and holder.name not in own:
+        raise ValueError(
+          f"--{holder.name} is not a flag of {command}; those are:"
+          f" {', '.join(sorted(own))}"
+        )
 
 
 def _parse_flags(num_arguments: int, argv: list[str]) -> list[str]:

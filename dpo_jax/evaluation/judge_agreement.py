@@ -134,11 +134,12 @@ def summarise(
 
   Of the judge with the majority, over all rows that have a majority and a
   parsed decision: `ties_in`, where a tie is a label like others; `ties_half`,
-  where a tie is half right beside another label, so that chance is one half;
-  and `ties_out`, over rows where neither is a tie. Each has `share, low, high,
-  interval, num_rows` and, but for `ties_half`, `kappa`. The interval is over
-  prompts. Of the judge with one annotator, and of annotators with each other,
-  which is the ceiling: the mean over them, or over their pairs.
+  where a tie is half right beside another label, so that chance is one half if
+  no majority is a tie; and `ties_out`, over rows where neither is a tie. Each
+  has `share, low, high, interval, num_rows` and, but for `ties_half`, `kappa`.
+  The interval is over prompts. Of the judge with one annotator, and of
+  annotators with each other, which is the ceiling: the mean over them, or over
+  their pairs.
   """
   both = [
     (row, x.preferred)

@@ -86,6 +86,21 @@ def test_a_judge_of_positions_is_half_right(tmp_path):
   assert found["annotator_annotator"]["ties_in"] is None
 
 
+@pytest.mark.parametrize(
+  ("labels", "majority"),
+  [
+    (("first",), "first"),
+    (("first", "tie"), None),
+    (("tie", "second", "tie"), "tie"),
+    (("first", "first", "second", "tie"), None),
+  ],
+)
+def test_a_majority_is_more_than_half(labels, majority):
+  pair = judges.Comparison("p", "a", "b")
+  row = judge_agreement.Labelled("rows.json", 1, "", pair, labels)
+  assert row.majority == majority
+
+
 def test_rows_of_llmbar_and_pandalm_are_read(tmp_path, capsys):
   row = {"input": "1+1?", "output_1": "2", "output_2": "3", "label": 1}
   path = tmp_path / "bar.jsonl.xz"
