@@ -149,9 +149,9 @@ def write_samples(
   """Samples a model into a file of JSON lines, in the order of the prompts.
 
   A line has `index` (of the prompt), `sample`, `prompt`, `response`,
-  `num_tokens`, `ended` (whether EOS was reached) and `logp` (of the response
-  under the model itself, nats). What is done stands in `output`.part, from
-  which the same call goes on, to the same samples.
+  `temperature`, `num_tokens`, `ended` (whether EOS was reached) and `logp` (of
+  the response under the model itself, nats). What is done stands in
+  `output`.part, from which the same call goes on, to the same samples.
 
   Args:
     path: run folder, Hugging Face folder or hub name.
@@ -204,7 +204,10 @@ def write_samples(
     def keep(batch):
       for place, samples in batch.items():
         index = left[place]
-        done[index] = _lines(policy, index, prompts[index], samples)
+        temperature = settings.temperature
+        done[index] = _lines(
+          policy, index, prompts[index], samples, temperature
+        )
         file.write(json.dumps({"index": index, "lines": done[index]}) + "\n")
       file.flush()
       bar.update(len(batch))
@@ -227,7 +230,7 @@ def write_samples(
     part.unlink()
 
 
-def _lines(policy, index, prompt, samples):
+def _lines(policy, index, prompt, samples, temperature):
   """Returns what the file says of the samples of a prompt."""
   return [
     {
@@ -235,6 +238,7 @@ def _lines(policy, index, prompt, samples):
       "sample": number,
       "prompt": prompt,
       "response": text,
+      "temperature": temperature,
       "num_tokens": len(sample.tokens),
       "ended": sample.tokens[-1] == policy.tokenizer.eos_token_id,
       "logp": float(sample.logps.sum(dtype=np.float64)),

@@ -82,6 +82,7 @@ def test_sampling_that_was_killed_goes_on_to_the_same_file(
   for line in lines:
     assert line["response"] and line["num_tokens"] <= 12 and line["logp"] < 0
     assert line["ended"] or line["num_tokens"] == 12
+    assert line["temperature"] == 1
   killed = tmp_path / "killed.jsonl"
   with monkeypatch.context() as patch:
     patch.setattr(policy_lib.os, "replace", _fail)
