@@ -14,7 +14,8 @@ run says itself what its reference, beta and lengths were. Writes `pairs.jsonl`
 of the column `subset`, where rows have it) and `preferences.png`.
 
 `win_rate`: how often a judge prefers the responses of `--policy` to those of
-`--baseline`, files of `prompt, response [, temperature, method]`. Writes
+`--baseline`, files of `prompt, response [, temperature, method]` such as
+`launch.sample` writes, or of pairs, whose chosen responses count. Writes
 `comparisons.jsonl`, `win_rate.json`, `win_rate.md` and `win_rate.png`.
 
 `judge`: how often a judge agrees with people, on rows of PandaLM or LLMBar.
@@ -59,8 +60,12 @@ DTYPE = flags.DEFINE_enum(
 )
 
 # Of judge and win_rate.
-POLICY = flags.DEFINE_multi_string("policy", None, "File of responses.")
-BASELINE = flags.DEFINE_string("baseline", None, "File of responses.")
+POLICY = flags.DEFINE_multi_string(
+  "policy", None, "File of responses, or METHOD=FILE."
+)
+BASELINE = flags.DEFINE_string(
+  "baseline", None, "File of responses, or of pairs, whose chosen ones count."
+)
 JUDGE = flags.DEFINE_string(
   "judge", None, "endpoint:MODEL, reward:FOLDER, local:FOLDER or length."
 )

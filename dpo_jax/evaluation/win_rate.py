@@ -13,7 +13,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from dpo_jax.data import jsonl
+from dpo_jax.data import examples, jsonl
 from dpo_jax.evaluation import intervals, judges
 from dpo_jax.evaluation.judges import Decision
 
@@ -84,43 +84,46 @@ class Cell:
   consistency: float | None
 
 
-def read_responses(path: str) -> list[Response]:
-  """Returns the responses of a file.
+def read_responses(spec: str) -> list[Response]:
+  """Returns the responses of a file and prints how many rows were dropped.
 
   Before: {"prompt": "Hi", "response": "Hello.", "temperature": 0.7}
   After:  Response("dpo.jsonl, line 1", "Hi", "Hello.", "dpo", 0.7)
 
   Args:
-    path: a file that `data.jsonl` reads. Prompts and responses are strings or
-      chat messages; `method` is the file's name without extension where a row
-      has none.
+    spec: a file that `data.jsonl` reads, or METHOD=FILE. Its rows are what
+      `data.examples` takes as demonstrations: `launch.sample` writes them, and
+      of pairs the chosen response counts. `method` is that of the row, else
+      METHOD, else the file's name without extension.
 
   Raises:
-    ValueError: a file or a row that cannot be read.
+    ValueError: a file or a row that cannot be read, or none that is kept.
   """
+  name, equals, path = spec.partition("=")
+  if not equals or "/" in name:
+    name, path = os.path.basename(spec).partition(".")[0], spec
   kind = "line" if ".jsonl" in os.path.basename(path) else "row"
-  default = os.path.basename(path).partition(".")[0]
-  responses = []
-  for number, row in enumerate(jsonl.read(path, "test"), 1):
+  kept, dropped = [], collections.Counter()
+  found = examples.read("jsonl", path, split="", inputs="demonstrations")
+  rows = jsonl.read(path, "")
+  for number, (row, example) in enumerate(zip(rows, found, strict=True), 1):
+    if "dropped" in example:
+      dropped[example["dropped"]] += 1
+      continue
     where = f"{path}, {kind} {number}"
-    method = row.get("method", default)
+    method = row.get("method", name)
     if not isinstance(method, str) or not method:
       raise ValueError(
         f"{where}: column 'method' is {method!r}; allowed: a name, or no such"
         " column"
       )
-    responses.append(
-      Response(
-        where,
-        _text(row, "prompt", where),
-        _text(row, "response", where),
-        method,
-        _temperature(row, where),
-      )
-    )
-  if not responses:
-    raise ValueError(f"{path!r} is empty")
-  return responses
+    prompt, text = _as_text(example["prompt"]), _as_text(example["response"])
+    kept.append(Response(where, prompt, text, method, _temperature(row, where)))
+  notes = "".join(f"; {n} dropped: {why}" for why, n in dropped.items())
+  if not kept:
+    raise ValueError(f"{path!r}: no row is kept{notes}")
+  print(f"data: {path}: {len(kept)} responses{notes}", flush=True)
+  return kept
 
 
 def match(
@@ -214,30 +217,13 @@ def _cell(
   )
 
 
-def _text(row: dict[str, Any], name: str, where: str) -> str:
-  """Returns a column as text: messages as a transcript, one alone as it is."""
-  if name not in row:
-    raise ValueError(
-      f"{where}: no column {name!r}; columns: {', '.join(row) or 'none'}"
-    )
-  value = row[name]
+def _as_text(value: examples.Text) -> str:
+  """Returns messages as a transcript, one alone as what it says."""
   if isinstance(value, str):
     return value
-  is_messages = isinstance(value, list) and value
-  if not is_messages or not all(map(_is_message, value)):
-    raise ValueError(
-      f"{where}: column {name!r} is {str(value)[:40]!r}; allowed: a string, or"
-      " a list of {role, content} messages"
-    )
   if len(value) == 1:
     return value[0]["content"]
   return "\n\n".join(f"{x['role'].title()}: {x['content']}" for x in value)
-
-
-def _is_message(value: Any) -> bool:
-  return isinstance(value, dict) and all(
-    isinstance(value.get(key), str) for key in ("role", "content")
-  )
 
 
 def _temperature(row: dict[str, Any], where: str) -> float | None:

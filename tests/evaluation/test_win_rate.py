@@ -136,12 +136,41 @@ def test_messages_are_read_as_text(tmp_path):
   assert two.prompt == "User: Hi\n\nAssistant: Hello.\n\nUser: Hi"
 
 
+def test_a_method_is_named_by_its_row_then_its_argument(tmp_path, capsys):
+  rows = [_row("a", "x"), _row("a", "x", method="ppo")]
+  path = _write(tmp_path / "dpo_0.7.jsonl.part.jsonl", rows)
+  methods = lambda spec: [x.method for x in win_rate.read_responses(spec)]
+  assert methods(path) == ["dpo_0", "ppo"]
+  assert methods(f"dpo={path}") == ["dpo", "ppo"]
+  assert "2 responses\n" in capsys.readouterr().out
+  (tmp_path / "beta=1").mkdir()
+  assert methods(_write(tmp_path / "beta=1" / "ipo.jsonl", rows[:1])) == ["ipo"]
+
+
+def test_the_chosen_response_of_a_pair_counts(tmp_path, capsys):
+  turn = "\n\nHuman: Hi\n\nAssistant:"
+  rows = [
+    {"prompt": "a", "chosen": "x", "rejected": "y"},
+    {"chosen": f"{turn} good", "rejected": f"{turn} bad"},
+    {"chosen": f"{turn} good", "rejected": "\n\nHuman: Ho\n\nAssistant: bad"},
+  ]
+  one, two = win_rate.read_responses(_write(tmp_path / "pairs.jsonl", rows))
+  assert (one.prompt, one.text) == ("a", "x")
+  assert (two.prompt, two.text) == (turn, " good")
+  assert "2 responses; 1 dropped: prompts differ" in capsys.readouterr().out
+  with pytest.raises(ValueError, match="no row is kept; 1 dropped: prompts di"):
+    win_rate.read_responses(_write(tmp_path / "pairs.jsonl", rows[2:]))
+
+
 @pytest.mark.parametrize(
   ("row", "message"),
   [
-    ({"prompt": "a"}, "line 2: no column 'response'; columns: prompt"),
-    (_row("a", 7), "line 2: column 'response' is '7'; allowed: a string, or a"),
-    (_row([], "x"), r"line 2: column 'prompt' is '\[\]'"),
+    ({"prompt": "a"}, "line 2: no column 'response'; columns: prompt; allow"),
+    (
+      _row("a", 7),
+      r"line 2: column 'response' is int \(7\); allowed: a string",
+    ),
+    (_row([], "x"), r"line 2: column 'prompt' is a list \(\[\]\)"),
     (_row("a", "x", -1), "line 2: column 'temperature' is -1; allowed: a numb"),
     (_row("a", "x", True), "line 2: column 'temperature' is True"),
     (_row("a", "x", method=3), "line 2: column 'method' is 3; allowed: a name"),

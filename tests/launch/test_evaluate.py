@@ -45,10 +45,12 @@ def _write(path, rows):
 def folder(tmp_path_factory):
   """Returns a folder of the files that commands name."""
   folder = tmp_path_factory.mktemp("evaluate")
-  for name, text in (("dpo", "longer than it"), ("sft", "."), ("chosen", "ok")):
+  for name, text in (("dpo_0.7", "longer than it"), ("sft", ".")):
     rows = [{"prompt": x, "response": text} for x in PROMPTS]
     rows = [x | {"temperature": t} for t in (0.0, 1.0) for x in rows]
     _write(folder / f"{name}.jsonl", rows)
+  rows = [{"prompt": x, "chosen": "ok", "rejected": ""} for x in PROMPTS]
+  _write(folder / "chosen.jsonl", rows)
   _write(folder / "bad.jsonl", [{"prompt": "question 0"}])
   row = {"instruction": "Add.", "response1": "long", "response2": "x"}
   rows = [row | {"annotator1": 1, "annotator2": k} for k in (1, 1, 2)]
@@ -124,10 +126,10 @@ MISTAKES = {
   "wins": "unknown evaluation 'wins'; known: preferences, win_rate, judge",
   "judge --judge=length --output=x": "judge needs --data",
   "preferences --data=a.jsonl --output=x": "preferences needs --source",
-  f"{WIN_RATE} --policy=dpo.jsonl --beta=0.1": (
+  f"{WIN_RATE} --policy=sft.jsonl --beta=0.1": (
     "--beta is not a flag of win_rate; those are: baseline, judge, judge_asks"
   ),
-  f"{WIN_RATE} --policy=dpo.jsonl --seed=-1": "flag --seed=-1: ",
+  f"{WIN_RATE} --policy=sft.jsonl --seed=-1": "flag --seed=-1: ",
   f"{WIN_RATE} --policy=bad.jsonl": (
     "bad.jsonl, line 1: no column 'response'; columns: prompt"
   ),
