@@ -70,7 +70,8 @@ class Decision:
   Attributes:
     preferred: `first` or `second` of the comparison as it was given, `tie`, or
       None where a verdict could not be parsed.
-    verdicts: each with whether the responses were shown swapped.
+    verdicts: each with whether the responses were shown swapped; none where
+      the responses are equal.
   """
 
   preferred: str | None
@@ -97,6 +98,8 @@ def decide(
 ) -> list[Decision]:
   """Returns a decision for each comparison; the judge is called once.
 
+  Equal responses are a tie, of which it is not asked.
+
   Args:
     judge: what is asked.
     comparisons: at least one.
@@ -110,16 +113,13 @@ def decide(
   """
   if order not in ORDERS:
     raise ValueError(f"unknown order {order!r}; known: {', '.join(ORDERS)}")
-  orders = [
-    (False, True) if order == "both" else (_is_swapped(x, seed),)
-    for x in comparisons
-  ]
+  orders = [_swaps(x, order, seed) for x in comparisons]
   shown = [
     Comparison(x.prompt, x.second, x.first) if is_swapped else x
     for x, swaps in zip(comparisons, orders, strict=True)
     for is_swapped in swaps
   ]
-  verdicts = iter(judge.compare(shown))
+  verdicts = iter(judge.compare(shown) if shown else ())
   return [_decide([(s, next(verdicts)) for s in swaps]) for swaps in orders]
 
 
@@ -275,9 +275,14 @@ def _higher(first: float, second: float) -> Verdict:
   return Verdict(preferred, f"first {first:.9g}, second {second:.9g}")
 
 
-def _is_swapped(comparison: Comparison, seed: int) -> bool:
+def _swaps(comparison: Comparison, order: str, seed: int) -> tuple[bool, ...]:
+  """Returns whether it is shown swapped, each time that it is shown."""
+  if comparison.first == comparison.second:
+    return ()
+  if order == "both":
+    return False, True
   texts = json.dumps([seed, *dataclasses.astuple(comparison)])
-  return bool(hashlib.sha256(texts.encode()).digest()[0] & 1)
+  return (bool(hashlib.sha256(texts.encode()).digest()[0] & 1),)
 
 
 def _unswapped(is_swapped: bool, verdict: Verdict) -> str | None:

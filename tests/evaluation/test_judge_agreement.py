@@ -75,7 +75,7 @@ def test_agreement_by_hand(tmp_path):
 
 
 def test_a_judge_of_positions_is_half_right(tmp_path):
-  rows = _rows(tmp_path, [((1,), "x"), ((2,), "x")])
+  rows = _rows(tmp_path, [((1,), "y"), ((2,), "y")])
   always = Judge("first", lambda asked: [Verdict("first", "") for _ in asked])
   comparisons = [row.comparison for row in rows]
   decisions = judges.decide(always, comparisons, order="both", seed=0)

@@ -119,6 +119,25 @@ def test_a_judge_of_positions_ties_with_itself():
   assert record["verdicts"][1]["preferred"] == "first"
 
 
+@pytest.mark.parametrize("order", judges.ORDERS)
+def test_equal_responses_tie_unasked(order):
+  asked = []
+
+  def compare(comparisons):
+    asked.append(len(comparisons))
+    return [Verdict("first", "") for _ in comparisons]
+
+  judge, same = Judge("judge", compare), Comparison("p", "x", "x")
+  found = judges.decide(judge, [same, PAIRS[0], same], order=order, seed=0)
+  assert [len(x.verdicts) for x in found][::2] == [0, 0]
+  assert found[0].preferred == found[2].preferred == "tie"
+  assert asked == [2 if order == "both" else 1]
+  assert judges.decide(judge, [same], order=order, seed=0) == [found[0]]
+  assert len(asked) == 1
+  empty = {"first_share": None, "consistency": None}
+  assert judges.position_statistics([found[0]]) == empty
+
+
 def test_a_tie_in_one_order_alone_is_a_tie():
   say = iter([Verdict("first", ""), Verdict("tie", "")])
   judge = Judge("judge", lambda asked: [next(say) for _ in asked])
