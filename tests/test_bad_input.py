@@ -46,7 +46,7 @@ CASES = {
   ),
   "an unknown source": (
     "--config.data.source=jsonn",
-    "unknown data source 'jsonn'; known: hh, hub, jsonl, synthetic",
+    "unknown data source 'jsonn'; known: hh, hub, imdb, jsonl, synthetic",
   ),
   "no such model": (
     "--config.model.preset= --config.model.path={}/absent",

@@ -37,9 +37,15 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from dpo_jax.data import hh, hub, jsonl, synthetic
+from dpo_jax.data import hh, hub, imdb, jsonl, synthetic
 
-SOURCES = {"hh": hh, "hub": hub, "jsonl": jsonl, "synthetic": synthetic}
+SOURCES = {
+  "hh": hh,
+  "hub": hub,
+  "imdb": imdb,
+  "jsonl": jsonl,
+  "synthetic": synthetic,
+}
 INPUTS = (
   "pairs",
   "scored_pairs",
