@@ -4,9 +4,9 @@ Shape letters, used in every annotation and einsum of the repository:
   `B` pairs in a batch, `M` microbatches, `R` rows, `T` tokens in a row,
   `S` scored positions in a row, `D` model width, `F` mlp width,
   `N` query heads, `K` key heads, `H` head width, `L` layers, `E` experts,
-  `V` vocabulary, `C` sums of log-probabilities that are kept of each pair: of
-  its responses (chosen, rejected; or a ranked list, the best first), then of
-  what else the loss needs.
+  `V` vocabulary, `C` sums of log-probabilities (or scores of a reward model)
+  that are kept of each pair: of its responses (chosen, rejected; or a ranked
+  list, the best first), then of what else the loss needs.
 """
 
 import dataclasses
@@ -32,15 +32,16 @@ class Rows:
 
   A query at index t sees the keys in `[key_start[t], key_end[t])` of its row
   and no others; padding has an empty interval. Scored positions stand first
-  in a row's `S` entries; entries past the last have `response` -1.
+  in a row's `S` entries; entries past the last have `response` -1. For a
+  reward model each response has one: its own last token.
   """
 
   tokens: Array  # i32[R,T]
   positions: Array  # i32[R,T]  position ids, 0 at a prompt's first token
   key_start: Array  # i32[R,T]
   key_end: Array  # i32[R,T]  exclusive
-  score_index: Array  # i32[R,S]  index in T of the state that predicts
-  targets: Array  # i32[R,S]  the token predicted
+  score_index: Array  # i32[R,S]  index in T of the state that is read
+  targets: Array  # i32[R,S]  the token it predicts, or the last one itself
   response: Array  # i32[R,S]  C * pair + column; -1 padding
   rank: Array  # i32[R,S]  the target's index within its response
 

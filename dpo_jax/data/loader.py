@@ -100,6 +100,7 @@ class Loader:
     layout: str = "mirrored",
     row_range: tuple[int, int] | None = None,
     extra_columns: tuple[str, ...] = (),
+    scored: str = "tokens",
   ):
     """Checks that every pair of the dataset can be placed.
 
@@ -115,6 +116,7 @@ class Loader:
         second number exclusive; all of them by default.
       extra_columns: what is scored beside the responses, in this order; no
         column comes after `prompt`.
+      scored: one of `packing.SCORED`.
 
     Raises:
       ValueError: a number out of range, an unknown layout, a row length that
@@ -131,6 +133,7 @@ class Loader:
     self.layout = layout
     self.row_range = row_range or (0, microbatch_rows)
     self.extra_columns = extra_columns
+    self._scored = scored
     self._check()
     self._num_responses = dataset.lengths.shape[1] - 1
     self._lengths = dataset.lengths
@@ -348,6 +351,7 @@ class Loader:
       row_range=self.row_range,
       num_columns=self.num_columns,
       prompt_column=prompt_column,
+      scored=self._scored,
     )
 
   def _num_filled(self, plan: packing.Plan) -> np.int32:

@@ -29,6 +29,9 @@ import numpy as np
 from dpo_jax.types import Rows
 
 LAYOUTS = ("mirrored", "padded")
+# Which positions are scored: those that predict a response's tokens, or the
+# last token of each response alone (what a reward model reads).
+SCORED = ("tokens", "ends")
 
 
 class Ragged(NamedTuple):
@@ -238,6 +241,7 @@ def pack(
   row_range: tuple[int, int],
   num_columns: int,
   prompt_column: int | None = None,
+  scored: str = "tokens",
 ) -> Rows:
   """Returns the rows [M, hi-lo, row_length] that hold the spans of a plan.
 
@@ -254,6 +258,8 @@ def pack(
     num_columns: C, how many sums of a pair `Rows.response` tells apart.
     prompt_column: the one that scores the prompt's tokens from the second on,
       once a pair, beside its first response; None scores no prompt.
+    scored: one of `SCORED`. Of an end, `score_index` is where the token itself
+      stands and `targets` holds it.
   """
   lo, hi = row_range
   microbatch, row = np.divmod(plan.row, microbatch_rows)
@@ -269,9 +275,12 @@ def pack(
   right = select(tokens.responses, plan.right_column, plan.right)
   _place_left(flat, plan, left, row_start)
   _place_right(flat, plan, tokens.prompt.values, right, row_start)
+  make_run = {"tokens": _token_run, "ends": _end_run}[scored]
+  prompt_start = plan.offset + plan.left
+  prompt_last = prompt_start + plan.prompt - 1
   runs = [
-    _Run(plan.left, plan.left_column, left),
-    _Run(plan.right, plan.right_column, right),
+    make_run(left, plan.left, plan.left_column, prompt_start, prompt_last, -1),
+    make_run(right, plan.right, plan.right_column, prompt_last, prompt_last, 1),
   ]
   if prompt_column is not None:
     runs.append(_prompt_run(plan, tokens.prompt, prompt_column))
@@ -285,6 +294,52 @@ class _Run(NamedTuple):
   lengths: np.ndarray  # i64[P]
   column: np.ndarray  # i64[P]  the sum that they belong to
   targets: np.ndarray  # i32[sum of lengths]
+  index: np.ndarray  # i64[sum of lengths]  where in its row the state stands
+  rank: np.ndarray  # i64[sum of lengths]
+
+
+def _token_run(
+  tokens: np.ndarray,
+  lengths: np.ndarray,
+  column: np.ndarray,
+  before: np.ndarray,
+  prompt_last: np.ndarray,
+  step: int,
+) -> _Run:
+  """Returns all tokens of one response of each span as a run.
+
+  Args:
+    tokens: i32[sum of lengths], the responses end to end.
+    lengths: i64[P], their tokens.
+    column: i64[P], whose these are.
+    before: i64[P], the index that the first token stands next to.
+    prompt_last: i64[P], the index of the prompt's last token.
+    step: the way from a token to the next, 1 or -1.
+  """
+  owner, rank = _expand(lengths)
+  index = np.where(rank == 0, prompt_last[owner], before[owner] + step * rank)
+  return _Run(lengths, column, tokens, index, rank)
+
+
+def _end_run(
+  tokens: np.ndarray,
+  lengths: np.ndarray,
+  column: np.ndarray,
+  before: np.ndarray,
+  prompt_last: np.ndarray,
+  step: int,
+) -> _Run:
+  """Returns the last token of each of those responses as a run."""
+  del prompt_last
+  is_there = lengths > 0
+  last = np.cumsum(lengths)[is_there] - 1
+  return _Run(
+    lengths=is_there.astype(np.int64),
+    column=column,
+    targets=tokens[last],
+    index=(before + step * lengths)[is_there],
+    rank=lengths[is_there] - 1,
+  )
 
 
 def _prompt_run(plan: Plan, prompt: Ragged, column: int) -> _Run:
@@ -292,8 +347,13 @@ def _prompt_run(plan: Plan, prompt: Ragged, column: int) -> _Run:
   nearest = np.where(plan.left > 0, plan.left_column, plan.right_column)
   lengths = np.where(nearest == 0, plan.prompt - 1, 0)
   owner, rank = _expand(lengths)
-  targets = prompt.values[prompt.offsets[owner] + rank + 1]
-  return _Run(lengths, np.full_like(lengths, column), targets)
+  return _Run(
+    lengths=lengths,
+    column=np.full_like(lengths, column),
+    targets=prompt.values[prompt.offsets[owner] + rank + 1],
+    index=(plan.offset + plan.left)[owner] + rank,
+    rank=rank,
+  )
 
 
 def _expand(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -368,28 +428,18 @@ def _score(
   row_start: np.ndarray,
   num_columns: int,
 ) -> None:
-  """Writes which state predicts which token: left, right, prompt runs."""
+  """Writes the runs: left, right and prompt of a span side by side."""
   num_scored = sum(run.lengths for run in runs)
   order = np.lexsort((plan.offset, row_start))
   before = np.cumsum(num_scored[order]) - num_scored[order]
   first = np.searchsorted(row_start[order], row_start[order])
   entry = np.empty_like(row_start)
   entry[order] = row_start[order] + before - before[first]
-  prompt_start = plan.offset + plan.left
-  prompt_last = prompt_start + plan.prompt - 1
-  # Where the state stands that predicts a token, by the token's rank.
-  predicts = (
-    lambda owner, rank: np.where(
-      rank == 0, prompt_last[owner], prompt_start[owner] - rank
-    ),
-    lambda owner, rank: prompt_last[owner] + rank,
-    lambda owner, rank: prompt_start[owner] + rank,
-  )
-  for run, index in zip(runs, predicts, strict=False):
-    owner, rank = _expand(run.lengths)
-    at = entry[owner] + rank
-    flat["score_index"][at] = index(owner, rank)
+  for run in runs:
+    owner, place = _expand(run.lengths)
+    at = entry[owner] + place
+    flat["score_index"][at] = run.index
     flat["targets"][at] = run.targets
     flat["response"][at] = (num_columns * plan.pair + run.column)[owner]
-    flat["rank"][at] = rank
+    flat["rank"][at] = run.rank
     entry = entry + run.lengths

@@ -158,6 +158,32 @@ def test_so_do_those_of_lists_which_stand_in_one_row(sizes):
     assert len({*rows}) == 1
 
 
+def test_ends_of_one_pair_by_hand():
+  tokens = dataset.TokenDataset.from_lists([[1, 2, 3]], [[4, 5]], [[6, 7]])
+  kwargs = {"batch_size": 1, "row_length": 8}
+  whole = filled(loader.Loader(tokens, **kwargs).batch(0))
+  batch = loader.Loader(tokens, scored="ends", **kwargs).batch(0)
+  ends = filled(batch)
+  assert ends["score_index"][0].tolist() == [0, 6, 0, 0, 0, 0, 0, 0]
+  assert ends["targets"][0].tolist() == [5, 7, 0, 0, 0, 0, 0, 0]
+  assert ends["response"][0].tolist() == [0, 1, -1, -1, -1, -1, -1, -1]
+  assert ends["rank"][0].tolist() == [1, 1, 0, 0, 0, 0, 0, 0]
+  assert batch.lengths.tolist() == [[2, 2]]
+  for name in ("tokens", "positions", "key_start", "key_end"):
+    np.testing.assert_array_equal(ends[name], whole[name])
+
+
+@pytest.mark.parametrize("layout", packing.LAYOUTS)
+@hypothesis.given(sizes=st.lists(SIZES, min_size=1, max_size=12))
+def test_an_end_is_the_last_token_of_each_response(layout, sizes):
+  batch = make_batch(sizes, layout=layout, scored="ends")
+  expected = [
+    (number, len(response) - 1, response[-1], response[-1])
+    for number, _, response in sequences(sizes)
+  ]
+  assert sorted(scores(batch)) == expected
+
+
 def test_padded_holds_no_lists():
   with pytest.raises(ValueError, match="lists of 3 responses, it holds pairs"):
     make_batch([(1, 2, 3, 4)], layout="padded")
