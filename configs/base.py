@@ -21,7 +21,7 @@ def get_config() -> config_dict.ConfigDict:
   config.microbatch_rows = 0
 
   config.data = config_dict.ConfigDict()
-  config.data.source = "jsonl"  # hh, jsonl, hub, synthetic
+  config.data.source = "jsonl"  # hh, imdb, jsonl, hub, synthetic
   config.data.path = ""  # file, hub name, or what the source takes
   config.data.split = "train"  # of a hub dataset
   config.data.eval_path = ""  # empty: no evaluation
@@ -64,6 +64,8 @@ def get_config() -> config_dict.ConfigDict:
   # dpop: of the penalty; orpo: of the odds ratio; slic: of the chosen NLL.
   config.loss.lambda_ = placeholder(float)  # weight, at least 0
   config.loss.r_max = placeholder(float)  # chi_po: bound of rewards, > 0
+  # reward_model: of the squared sum of a pair's scores, at least 0
+  config.loss.center_weight = placeholder(float)
   config.loss.f_divergence = "reverse_kl"  # forward_kl, js, alpha
   config.loss.f_alpha = placeholder(float)  # of f_divergence alpha, not 1
   config.loss.ld_alpha = 1.0  # weight of tokens past the shorter response

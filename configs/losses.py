@@ -45,6 +45,8 @@ LOSSES = dict(
   orpo=dict(lambda_=0.1),
   cpo=dict(beta=0.1, alpha=1.0),
   slic=dict(delta=1.0, lambda_=0.1),
+  reward_model=dict(label_smoothing=0.0, center_weight=0.0),
+  classifier=dict(label_smoothing=0.0),
 )
 
 

@@ -60,8 +60,9 @@ _FIGURE = f"""
 How hard each loss pulls at a pair: its derivative by the margin d, negative
 where a step raises the margin. A batch is one pair with log-ratios u = d / 2
 and v = -d / 2. Either response has {LENGTH} tokens and a log-probability of
-{REFERENCE:g} under the reference, also where a loss does not read it; scores,
-where read, differ by {SCORE_GAP:g}. Running means are 0 before the batch, and
+{REFERENCE:g} under the reference, also where a loss does not read it; scores
+of the data, where read, differ by {SCORE_GAP:g}. Of a loss of a model's scores
+these are d / 2 and -d / 2. Running means are 0 before the batch, and
 so is the log-ratio of mismatched responses.
 Hyper-parameters are those to start from. Vertical scales differ.
 """
@@ -119,11 +120,11 @@ def source(loss: registry.Loss) -> str:
   )
 
 
-def pair_of_margin(inputs: str, margin) -> registry.PairLogps | None:
-  """Returns a batch of one pair with this margin; None if `inputs` has none."""
-  if inputs == "demonstrations":
+def pair_of_margin(loss: registry.Loss, margin) -> registry.PairLogps | None:
+  """Returns a batch of one pair with this margin; None if it reads none."""
+  if loss.inputs == "demonstrations":
     return None
-  fixed = jnp.full(1, REFERENCE)
+  fixed = jnp.full(1, REFERENCE if loss.head == "vocabulary" else 0.0)
   length = jnp.full(1, float(LENGTH))
   return registry.PairLogps(
     policy_chosen=fixed + margin / 2,
@@ -139,7 +140,7 @@ def pair_of_margin(inputs: str, margin) -> registry.PairLogps | None:
 
 def is_drawn(loss: registry.Loss) -> bool:
   """Returns whether a margin determines the loss of a pair."""
-  return pair_of_margin(loss.inputs, 0.0) is not None
+  return pair_of_margin(loss, 0.0) is not None
 
 
 def weights(loss: registry.Loss, margins) -> np.ndarray:
@@ -148,7 +149,7 @@ def weights(loss: registry.Loss, margins) -> np.ndarray:
   state = {name: jnp.zeros(()) for name in objective.state}
 
   def of_margin(margin):
-    pair = pair_of_margin(loss.inputs, margin)
+    pair = pair_of_margin(loss, margin)
     return objective.per_pair(pair, state=state)[0]
 
   return np.asarray(jax.vmap(jax.grad(of_margin))(jnp.asarray(margins)))
@@ -187,6 +188,8 @@ def row(loss: registry.Loss) -> str:
   reads = loss.inputs.replace("_", " ")
   if loss.inputs == "demonstrations":
     reads += ": a constant weight"
+  if loss.head != "vocabulary":
+    reads += ", their scores"
   cells = (
     f"`{loss.name}`",
     f"`{formula(loss)}`",

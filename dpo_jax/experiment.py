@@ -19,7 +19,7 @@ from dpo_jax.checkpoints import source
 from dpo_jax.data import dataset, loader, packing, synthetic, tokenize
 from dpo_jax.losses import objectives
 from dpo_jax.models import config as model_config
-from dpo_jax.models import transformer
+from dpo_jax.models import heads, transformer
 from dpo_jax.training import loop, optimizers, state, steps
 from dpo_jax.training import reference as reference_lib
 from dpo_jax.types import Params
@@ -77,6 +77,7 @@ def build(config: ConfigDict) -> Experiment:
   opened, policy = _policy_config(config)
   tokenizer = _load_tokenizer(config, opened)
   policy = _fit_policy(config, policy, tokenizer, from_scratch=not opened)
+  policy = _with_head(config, objective, policy)
   shardings = sharding.array_shardings(
     mesh, transformer.logical_axes(policy), transformer.param_shapes(policy)
   )
@@ -227,13 +228,42 @@ def _fit_policy(config, policy, tokenizer, *, from_scratch):
   return policy
 
 
+def _with_head(config, objective, policy):
+  """Returns the decoder with the head that the loss trains."""
+  if policy.head == objective.head:
+    return policy
+  if objective.head == "vocabulary":
+    raise ValueError(
+      f"model.path='{config.model.path}' has a {policy.head} head: loss"
+      f" '{config.loss.name}' needs a language model"
+    )
+  return dataclasses.replace(policy, head=objective.head)
+
+
 def _make_load_policy(config, opened, policy, shardings):
+  rng = jax.random.key(config.seed)
+  if opened and opened.config.head != policy.head:
+    return _make_load_body(config, opened, policy, shardings, rng)
   if opened:
     return lambda: opened.load(policy, shardings)
-  rng = jax.random.key(config.seed)
   return jax.jit(
     lambda: transformer.init_params(policy, rng), out_shardings=shardings
   )
+
+
+def _make_load_body(config, opened, policy, shardings, rng):
+  """Returns what loads a model of another head, and gives it a new one."""
+  saved = dataclasses.replace(policy, head=opened.config.head)
+  layouts = sharding.array_shardings(
+    sharding.make_mesh(**config.mesh),
+    transformer.logical_axes(saved),
+    transformer.param_shapes(saved),
+  )
+  add_head = jax.jit(
+    lambda params: heads.with_new_score(params, policy, rng),
+    out_shardings=shardings,
+  )
+  return lambda: add_head(opened.load(saved, layouts))
 
 
 def _make_reference(config, objective, policy, shardings, mesh):
@@ -309,6 +339,7 @@ def _make_loaders(config, objective, tokenizer, mesh, models):
     batch_size=config.batch_size,
     row_range=sharding.local_rows(mesh, microbatch_rows),
     extra_columns=objective.extra_columns,
+    scored="tokens" if objective.head == "vocabulary" else "ends",
   )
   train_loader = loader.Loader(
     train_data, shuffle=config.data.shuffle, **settings

@@ -46,7 +46,7 @@ def kto(
   count = jnp.maximum(jnp.sum(pairs.present), 1)
   kl = jnp.maximum(jnp.sum(pairs.mismatched_logratio) / count, 0)
   kl = jax.lax.stop_gradient(kl)
-  return _mean_of_present(
+  return mean_of_present(
     pairs,
     desirable_weight * jax.nn.sigmoid(beta * (kl - pairs.chosen_logratio)),
     undesirable_weight * jax.nn.sigmoid(beta * (pairs.rejected_logratio - kl)),
@@ -97,12 +97,12 @@ def bco(
   delta = _next_reward(pairs, state, beta=beta)["mean_reward"]
   desirable = jax.nn.log_sigmoid(beta * pairs.chosen_logratio - delta)
   undesirable = jax.nn.log_sigmoid(delta - beta * pairs.rejected_logratio)
-  return _mean_of_present(
+  return mean_of_present(
     pairs, -desirable_weight * desirable, -undesirable_weight * undesirable
   )
 
 
-def _mean_of_present(
+def mean_of_present(
   pairs: PairLogps, desirable: Array, undesirable: Array
 ) -> Array:
   """Returns the mean over the responses that each slot holds, f[B]."""

@@ -13,6 +13,7 @@ from dpo_jax.losses import (
   preference,  # noqa: F401, puts its losses in the table
   reference_free,  # noqa: F401, puts its losses in the table
   registry,
+  reward_model,  # noqa: F401, puts its losses in the table
   running,  # noqa: F401, puts its losses in the table
 )
 from dpo_jax.losses.registry import Logps, Loss, PairLogps, Range
@@ -74,6 +75,11 @@ class Objective:
     """What the most demanding loss reads; beside pairs, `sft` sees chosen."""
     kinds = {term.loss.inputs for term in self.terms}
     return next(kind for kind in _DEMANDING if kind in kinds)
+
+  @property
+  def head(self) -> str:
+    """The head of the model that is trained, `ModelConfig.head`."""
+    return self.terms[0].loss.head
 
   @property
   def extra_columns(self) -> tuple[str, ...]:
@@ -231,6 +237,11 @@ def _make_terms(
     raise ValueError(
       f"loss.name={name!r}: a loss of ranked lists can be summed with losses"
       " of demonstrations only"
+    )
+  if len({loss.head for loss in losses}) > 1:
+    raise ValueError(
+      f"loss.name={name!r}: a loss of scores cannot be summed with one of"
+      " log-probabilities, or of other scores"
     )
   return tuple(terms)
 

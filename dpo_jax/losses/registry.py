@@ -60,6 +60,7 @@ PositiveFlipRate = Annotated[Scalar, Range(0, 0.5, "()")]
 class PairLogps:
   """Log-probabilities of a batch's responses: summed over tokens, nats.
 
+  Of a model with a scalar head, the scores of the responses instead.
   The lengths are those of the whole batch, also where only some of its pairs
   are present; an absent pair's log-probabilities are 0, and a slot that holds
   no pair has length 0.
@@ -124,6 +125,7 @@ class Loss:
   reads_mismatched: bool = False
   state: tuple[str, ...] = ()  # scalars that steps hand on, 0 at first
   next_state: Callable[..., dict[str, Array]] | None = None  # called as `fn`
+  head: str = "vocabulary"  # of `ModelConfig`; others yield scores, not logps
 
   def range_of(self, hyperparameter: str) -> Range:
     """Returns what values the loss allows."""
@@ -143,6 +145,7 @@ def register(
   reads_mismatched: bool = False,
   state: tuple[str, ...] = (),
   next_state: Callable[..., dict[str, Array]] | None = None,
+  head: str = "vocabulary",
 ) -> Callable[[Any], Any]:
   """Returns a decorator that adds a loss to `LOSSES` under its own name."""
 
@@ -161,6 +164,7 @@ def register(
       reads_mismatched=reads_mismatched,
       state=state,
       next_state=next_state,
+      head=head,
     )
     return fn
 

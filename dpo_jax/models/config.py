@@ -17,6 +17,7 @@ CHOICES = {
   "dtype": ("float32", "bfloat16"),
   "param_dtype": ("float32", "bfloat16"),
   "remat": ("none", "full", "dots"),
+  "head": ("vocabulary", "reward", "classifier"),
 }
 
 
@@ -56,6 +57,8 @@ class ModelConfig:
     window: keys that a query of a sliding layer sees, itself among them.
     sliding: for each layer, whether it is one; () where `window` is None.
     local_rope_theta: of sliding layers, unscaled; None: as the others.
+    head: `vocabulary`, or a scalar: a `reward` whose differences count, or a
+      `classifier`'s log-odds of label 1; files have one label, or two.
     num_experts: mlps of a layer, of which a router picks; 0: one, no router.
     experts_per_token: how many it picks.
     dtype: what activations are computed in.
@@ -95,6 +98,7 @@ class ModelConfig:
   window: int | None = None
   sliding: tuple[bool, ...] = ()
   local_rope_theta: float | None = None
+  head: str = "vocabulary"
   num_experts: int = 0
   experts_per_token: int = 0
   dtype: str = "float32"
@@ -265,6 +269,8 @@ _LLAMA32 = {
 _SIZES: dict[str, tuple[Any, ...]] = {
   # For tests.
   "tiny": ("llama", 512, 2, 64, 176, 4, 2, 512, {}),
+  # 1.5 million, with a vocabulary of its own text: to train in minutes.
+  "mini": ("llama", 8192, 2, 128, 352, 4, 4, 1024, {"tied": True}),
   # 10 million parameters with the vocabulary of GPT-2, to train on a laptop.
   "small": ("llama", 50_257, 6, 160, 448, 5, 5, 1024, {"tied": True}),
   # 58 million parameters, for benchmarks.

@@ -25,6 +25,7 @@ AXES = {
   ("position_embedding",): (None, "embed"),
   ("head",): ("vocab", "embed"),
   ("head_bias",): ("vocab",),
+  ("score",): (None, "embed"),
   ("query", "kernel"): ("embed", "heads", None),
   ("query", "bias"): ("heads", None),
   ("key", "kernel"): ("embed", "heads", None),
@@ -119,7 +120,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-  """Embeddings, blocks and the final norm; declares the head, if untied.
+  """Embeddings, blocks and the final norm; declares the head, if any.
 
   Attributes:
     config: the model.
@@ -150,9 +151,12 @@ class Decoder(nn.Module):
       x = x + _look_up(table, positions)
     else:
       angles = layers.rotary_angles(config, positions)
-    if not config.tied:
+    has_vocabulary = config.head == "vocabulary"
+    if not has_vocabulary:
+      self._table("score", (1, config.d_model))
+    elif not config.tied:
       self._table("head", table_shape)
-    if "head" in config.biases:
+    if has_vocabulary and "head" in config.biases:
       shape, dtype = (config.vocab_size,), jnp.dtype(config.param_dtype)
       self.param("head_bias", nn.initializers.zeros, shape, dtype)
     x = x.astype(config.dtype)
@@ -392,7 +396,16 @@ def make_cache(prompt: Params, num_rows: int, length: int) -> Params:
 
 
 def unembedding(config: ModelConfig, params: Params) -> Unembedding:
-  """Returns what turns a state into logits, parameters as stored."""
+  """Returns what turns a state into logits, parameters as stored.
+
+  Raises:
+    ValueError: the model has a scalar head.
+  """
+  if config.head != "vocabulary":
+    raise ValueError(
+      f"the model has a {config.head} head: it scores texts and has no"
+      " distribution over tokens; allowed: a language model"
+    )
   return Unembedding(
     table=params["embedding"] if config.tied else params["head"],
     bias=params.get("head_bias"),

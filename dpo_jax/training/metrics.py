@@ -61,6 +61,42 @@ def preference_metrics(
   return metrics
 
 
+def score_metrics(
+  losses: Array, scores: Array, lengths: Array, *, is_labelled: bool
+) -> dict[str, Array]:
+  """Returns means over pairs, or over labelled responses: loss and scores.
+
+  Args:
+    losses: f[B], the loss of each pair.
+    scores: f[B,2], of chosen and rejected, or of label 1 and label 0.
+    lengths: i32[B,2], response tokens; an absent response has none.
+    is_labelled: whether responses are labelled one by one.
+
+  Returns:
+    Scalars, named as in `preference_metrics`: a score is the reward. Right is
+    a pair whose chosen scores higher, or a labelled response whose score has
+    the sign of its label; there the margin is that of the two means.
+  """
+  present = lengths > 0
+  metrics = {
+    "loss": _mean(losses, present.any(axis=1)),
+    "rewards/chosen": _mean(scores[:, 0], present[:, 0]),
+    "rewards/rejected": _mean(scores[:, 1], present[:, 1]),
+    "rewards/mean": _mean(scores, present),
+  }
+  if is_labelled:
+    margin = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+    is_right = jnp.stack([scores[:, 0] > 0, scores[:, 1] < 0], axis=1)
+    where = present
+  else:
+    both = present.all(axis=1)
+    margin = _mean(scores[:, 0] - scores[:, 1], both)
+    is_right, where = scores[:, 0] > scores[:, 1], both
+  metrics["rewards/margins"] = margin
+  metrics["rewards/accuracies"] = _mean(is_right, where)
+  return metrics
+
+
 def _mean(values: Array, where: Array) -> Array:
   values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
   total = jnp.sum(jnp.where(where, values, 0))

@@ -19,7 +19,7 @@ import optax
 from dpo_jax.losses import logprobs, modifiers, objectives
 from dpo_jax.losses.registry import PairLogps
 from dpo_jax.models import config as model_config
-from dpo_jax.models import moe, transformer
+from dpo_jax.models import heads, moe, transformer
 from dpo_jax.training import metrics as metrics_lib
 from dpo_jax.training import reference as reference_lib
 from dpo_jax.training import state as state_lib
@@ -33,7 +33,7 @@ LossState = dict[str, Array] | None  # f32[]  running means of a loss
 class PairScores:
   """What a pass over the rows yields for each pair of the batch."""
 
-  policy: Array  # f32[B,C]  summed log-probability, nats
+  policy: Array  # f32[B,C]  summed log-probability, nats; or score
   reference: Array | None  # f32[B,C]
   log_weights: Array | None = None  # f32[B]  log of WPO's pair weight
   routing: moe.Routing | None = None  # of the policy's experts, in training
@@ -139,6 +139,13 @@ class Scorer:
     self, scores: PairScores, losses: Array, lengths: Array
   ) -> dict[str, Array]:
     """Returns the means of losses, rewards and log-probabilities."""
+    if self.policy.head != "vocabulary":
+      return metrics_lib.score_metrics(
+        losses,
+        scores.policy,
+        lengths,
+        is_labelled=self.objective.inputs == "labelled",
+      )
     reference = scores.reference
     found = metrics_lib.preference_metrics(
       losses,
@@ -189,7 +196,10 @@ class Scorer:
     )
 
   def _token_logps(self, config, params, rows, with_log_sum_squares=False):
-    """Returns TokenLogps, and moe.Routing where there are experts."""
+    """Returns TokenLogps, and moe.Routing where there are experts.
+
+    With a scalar head, scores stand where log-probabilities would.
+    """
     arrays = (rows.tokens, rows.positions, rows.key_start, rows.key_end)
     routing = None
     if config.num_experts:
@@ -198,6 +208,8 @@ class Scorer:
       )
     else:
       hidden = transformer.hidden_states(config, params, *arrays)
+    if config.head != "vocabulary":
+      return logprobs.TokenLogps(heads.scores(params, hidden, rows)), routing
     tokens = logprobs.token_logps(
       hidden,
       transformer.unembedding(config, params),
