@@ -209,6 +209,8 @@ def _open_folder(folder: str, config: ModelConfig) -> dict[str, np.ndarray]:
     for key, tensor in tensors.items():
       bare = key.removeprefix(prefix)
       if not re.fullmatch(unused, bare):
+        if bare == huggingface_names.SCORE and config.head == "classifier":
+          tensor = tensor[1:2].astype(np.float32) - tensor[:1]
         is_head = bare.startswith(huggingface_names.HEAD_PREFIXES)
         stored[bare if is_head else prefix + bare] = tensor
   return stored
@@ -274,10 +276,12 @@ def _outputs(config: ModelConfig, params: Params) -> list[safetensors.Output]:
       return huggingface_names.join(tensor, arrays)
 
     place, leaf = parts[0]
-    name = tensor.name.format(*index)
-    return safetensors.Output(
-      name, place.file_shape, np.dtype(leaf.dtype), fetch
-    )
+    name, dtype = tensor.name.format(*index), np.dtype(leaf.dtype)
+    if name == huggingface_names.SCORE and config.head == "classifier":
+      shape = (2, config.d_model)
+      with_zeros = lambda: np.pad(fetch(), ((1, 0), (0, 0)))
+      return safetensors.Output(name, shape, dtype, with_zeros)
+    return safetensors.Output(name, place.file_shape, dtype, fetch)
 
   by_layer = [
     (index[:1], output(tensor, index))

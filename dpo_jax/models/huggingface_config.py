@@ -5,6 +5,7 @@ from typing import Any
 from dpo_jax.models import config as model_config
 from dpo_jax.models.config import ModelConfig, RopeScaling
 
+CLASSIFIER = "ForSequenceClassification"
 ARCHITECTURES = {
   "llama": "LlamaForCausalLM",
   "gpt2": "GPT2LMHeadModel",
@@ -161,9 +162,45 @@ def parse(values: dict[str, Any]) -> ModelConfig:
     fields |= _window_fields(family, values, fields)
   except KeyError as error:
     raise ValueError(f"{error} is missing") from error
+  fields["head"] = _head(values)
   if family == "gpt_neox" and not values.get("use_parallel_residual", True):
     fields["residual"] = "sequential"
   return model_config.of_family(family, **fields)
+
+
+def _head(values: dict[str, Any]) -> str:
+  """Returns `reward` for a classifier of one label, `classifier` for two."""
+  names = values.get("architectures") or [""]
+  if not names[0].endswith(CLASSIFIER):
+    return "vocabulary"
+  # Two labels are the default, which is left out.
+  num_labels = len(values.get("id2label") or "01")
+  if num_labels > 2:
+    raise ValueError(
+      f"{names[0]} with {num_labels} labels is not supported, only 1 or 2"
+    )
+  problem = values.get("problem_type")
+  if problem == "multi_label_classification":
+    raise ValueError(f"problem_type {problem!r} is not supported")
+  return "reward" if num_labels == 1 else "classifier"
+
+
+def _render_head(config: ModelConfig) -> dict[str, Any]:
+  """Returns the keys of config.json that say what the head is."""
+  name = ARCHITECTURES[config.family]
+  if config.head == "vocabulary":
+    return {"architectures": [name]}
+  body = name.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+  if config.family == "gemma3_text":
+    body += "Text"
+  labels = ["reward"]
+  if config.head == "classifier":
+    labels = ["negative", "positive"]
+  return {
+    "architectures": [body + CLASSIFIER],
+    "id2label": {str(i): name for i, name in enumerate(labels)},
+    "label2id": {name: i for i, name in enumerate(labels)},
+  }
 
 
 def _activation(family: str, name: str) -> str:
@@ -259,7 +296,7 @@ def render(config: ModelConfig) -> dict[str, Any]:
   family = config.family
   is_gemma = family.startswith("gemma")
   values = {
-    "architectures": [ARCHITECTURES[family]],
+    **_render_head(config),
     "model_type": family,
     "torch_dtype": config.param_dtype,
     **{key: getattr(config, field) for field, key in KEYS[family].items()},

@@ -65,10 +65,14 @@ def _norm(name: str, module: str) -> tuple[Tensor, ...]:
   )
 
 
+# [1,D]; of a classifier [2,D], of which ours is the difference.
+SCORE = "score.weight"
+
 _QKV = ("attention/query", "attention/key", "attention/value")
 _HEAD = (
   Tensor("lm_head.weight", ("head",)),
   Tensor("lm_head.bias", ("head_bias",)),
+  Tensor(SCORE, ("score",)),
 )
 # Names of a layer's norms, in the order of the block.
 _PRE_NORMS = {
@@ -193,6 +197,7 @@ TENSORS: dict[str, tuple[Tensor, ...]] = {
     *_linear("gpt_neox.layers.{}.mlp.dense_4h_to_h", "mlp/down"),
     *_norm("gpt_neox.final_layer_norm", "final_norm"),
     Tensor("embed_out.weight", ("head",)),
+    Tensor(SCORE, ("score",)),
   ),
 }
 
@@ -203,7 +208,7 @@ PREFIXES = {
   "gptj": "transformer.",
   "gpt_neox": "gpt_neox.",
 }
-HEAD_PREFIXES = ("lm_head.", "embed_out.")
+HEAD_PREFIXES = ("lm_head.", "embed_out.", "score.")
 
 # Constants that old versions of transformers stored with the parameters.
 BUFFERS = {
