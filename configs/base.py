@@ -106,6 +106,9 @@ def get_config() -> config_dict.ConfigDict:
   config.checkpoint = config_dict.ConfigDict()
   config.checkpoint.every = 0  # updates; the end is always saved
   config.checkpoint.keep = 2  # the last ones; the best is kept as well
+  # What the best has most of: rewards/accuracies, rewards/margins; or least:
+  # loss.
+  config.checkpoint.metric = "loss"
 
   config.eval = config_dict.ConfigDict()
   config.eval.every = 0  # updates; the end is always evaluated

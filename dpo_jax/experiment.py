@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dpo_jax import sharding
-from dpo_jax.checkpoints import source
+from dpo_jax.checkpoints import manager, source
 from dpo_jax.data import dataset, loader, packing, synthetic, tokenize
 from dpo_jax.losses import objectives
 from dpo_jax.models import config as model_config
@@ -45,6 +45,7 @@ class Experiment:
     eval_loader: the batches of the held-out pairs, if there are any.
     schedule: when to log, evaluate, save and end.
     num_checkpoints: how many of the last ones are kept.
+    best_metric: by which the best one is kept as well.
     wandb_project: where to send metrics besides; empty for nowhere.
   """
 
@@ -63,6 +64,7 @@ class Experiment:
   eval_loader: loader.Loader | None
   schedule: loop.Schedule
   num_checkpoints: int
+  best_metric: str
   wandb_project: str
 
 
@@ -118,6 +120,7 @@ def build(config: ConfigDict) -> Experiment:
       save_every=config.checkpoint.every,
     ),
     num_checkpoints=config.checkpoint.keep,
+    best_metric=_best_metric(config, objective, eval_loader),
     wandb_project=config.log.wandb_project,
   )
 
@@ -394,6 +397,28 @@ def _read_tokens(config, objective, tokenizer, path, split):
 def _cache_dir(config):
   default = pathlib.Path.home() / ".cache" / "dpo_jax"
   return pathlib.Path(config.data.cache_dir or default)
+
+
+def _best_metric(config, objective, eval_loader):
+  """Returns the metric that chooses the best, which evaluations must have."""
+  metric = config.checkpoint.metric
+  if metric not in manager.LOWER_IS_BETTER:
+    raise ValueError(
+      f"checkpoint.metric={metric!r}: must be one of"
+      f" {', '.join(manager.LOWER_IS_BETTER)}"
+    )
+  if metric == "loss" or eval_loader is None:
+    return metric
+  is_scalar = objective.head != "vocabulary"
+  has_rewards = is_scalar or objective.needs_reference
+  if metric == "rewards/accuracies" and not is_scalar:
+    has_rewards &= eval_loader.has_pairs
+  if not has_rewards:
+    raise ValueError(
+      f"checkpoint.metric={metric!r}: evaluations of loss"
+      f" '{config.loss.name}' on this data do not have it; allowed: loss"
+    )
+  return metric
 
 
 def _total_steps(config, batches):

@@ -75,7 +75,7 @@ def export(
   Args:
     path: a run folder, a Hugging Face folder or a hub name.
     target: the folder to write; must not be what is read.
-    step: which checkpoint of a run; the newest by default.
+    step: which checkpoint of a run; see `source.open_model`.
     dtype: of the weights that are written.
     max_shard_bytes: several files are written above this.
 
@@ -242,6 +242,8 @@ def _train(experiment: Experiment, workdir: pathlib.Path) -> bool:
     workdir,
     every=experiment.schedule.save_every,
     keep=experiment.num_checkpoints,
+    metric=experiment.best_metric,
+    lower_is_better=manager.LOWER_IS_BETTER[experiment.best_metric],
   ) as checkpoints:
     done = 0
     if checkpoints.latest_step() is not None:

@@ -15,7 +15,7 @@ SOURCE = flags.DEFINE_string(
 )
 TARGET = flags.DEFINE_string("target", None, "Folder to write.")
 STEP = flags.DEFINE_integer(
-  "step", None, "Checkpoint of a run; the newest by default."
+  "step", None, "Checkpoint of a run; the newest, of a reward model the best."
 )
 DTYPE = flags.DEFINE_enum(
   "dtype", "float32", ["float32", "bfloat16"], "Of the weights written."

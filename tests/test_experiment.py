@@ -2,11 +2,15 @@
 
 import dataclasses
 
+import jax
+import numpy as np
 import pytest
 
 from configs import quickstart
 from dpo_jax import experiment
+from dpo_jax.data import synthetic
 from dpo_jax.models import config as model_config
+from dpo_jax.models import huggingface, transformer
 
 
 def _build(monkeypatch, tmp_path, **changes):
@@ -41,3 +45,60 @@ def test_pairs_longer_than_a_window_are_laid_out_as_two_sequences(
 def test_experts_that_a_mesh_does_not_divide_are_refused(monkeypatch, tmp_path):
   with pytest.raises(ValueError, match="mesh.expert=2: must divide the model"):
     _build(monkeypatch, tmp_path, window=512, expert=2)
+
+
+def _saved(folder, head, preset="tiny"):
+  """Writes a model with this head and the quickstart's tokenizer."""
+  tokenizer = synthetic.make_tokenizer()
+  config = model_config.make_config(preset, vocab_size=len(tokenizer))
+  config = dataclasses.replace(config, head=head)
+  init = jax.jit(transformer.init_params, static_argnums=0)
+  params = init(config, jax.random.key(0))
+  huggingface.save_model(str(folder), config, params)
+  tokenizer.save_pretrained(folder)
+  return params
+
+
+def _build_from(folder, loss, tmp_path, **checkpoint):
+  config = quickstart.get_config(loss)
+  config.model.preset, config.model.path = "", str(folder)
+  config.data.path, config.data.eval_path = "pairs:16", "pairs:8"
+  config.data.cache_dir = str(tmp_path)
+  config.batch_size = 8
+  config.checkpoint.update(checkpoint)
+  return experiment.build(config)
+
+
+def test_a_reward_model_begins_as_a_language_model_with_a_new_head(tmp_path):
+  params = _saved(tmp_path / "lm", "vocabulary")
+  built = _build_from(tmp_path / "lm", "reward_model", tmp_path)
+  assert built.scorer.policy.head == "reward"
+  loaded = built.load_policy()
+  assert loaded.keys() == (params.keys() - {"head"}) | {"score"}
+  np.testing.assert_array_equal(loaded["embedding"], params["embedding"])
+  assert np.any(loaded["score"])
+  again = _build_from(tmp_path / "lm", "reward_model", tmp_path).load_policy()
+  np.testing.assert_array_equal(loaded["score"], again["score"])
+
+
+def test_a_reward_model_is_no_policy(tmp_path):
+  _saved(tmp_path / "rm", "reward")
+  with pytest.raises(ValueError, match="has a reward head: loss 'dpo' needs a"):
+    _build_from(tmp_path / "rm", "dpo", tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("loss", "metric", "message"),
+  [
+    ("dpo", "accuracy", "'accuracy': must be one of loss, rewards/accuracies"),
+    ("simpo", "rewards/margins", "of loss 'simpo' on this data do not have it"),
+  ],
+)
+def test_a_metric_that_evaluations_lack_is_refused(
+  loss, metric, message, tmp_path
+):
+  _saved(tmp_path / "lm", "vocabulary")
+  with pytest.raises(ValueError, match=message):
+    _build_from(tmp_path / "lm", loss, tmp_path, metric=metric)
+  built = _build_from(tmp_path / "lm", loss, tmp_path)
+  assert built.best_metric == "loss"

@@ -26,6 +26,13 @@ from orbax.checkpoint import checkpoint_managers
 from dpo_jax.checkpoints import reader
 from dpo_jax.types import Params
 
+# Metrics that may choose the best checkpoint: whether the lowest is the best.
+LOWER_IS_BETTER = {
+  "loss": True,
+  "rewards/accuracies": False,
+  "rewards/margins": False,
+}
+
 
 class Manager:
   """The checkpoints of one run; every process makes one and calls it alike."""
@@ -201,6 +208,28 @@ def saved_steps(workdir: str | os.PathLike[str]) -> list[int]:
   return sorted(entry.step for entry in found)
 
 
+def best_step(workdir: str | os.PathLike[str], metric: str) -> int | None:
+  """Returns the saved step with the best evaluation, of equal ones the last.
+
+  Args:
+    workdir: the run folder.
+    metric: a key of `LOWER_IS_BETTER`.
+
+  Returns:
+    None where no saved step was evaluated.
+  """
+  sign = -1.0 if LOWER_IS_BETTER[metric] else 1.0
+  found = []
+  for step in saved_steps(workdir):
+    path = _metrics_path(workdir, step)
+    value = math.nan
+    if path.exists():
+      value = sign * json.loads(path.read_text()).get(metric, math.nan)
+    if not math.isnan(value):
+      found.append((value, step))
+  return max(found)[1] if found else None
+
+
 def restore_params(
   workdir: str | os.PathLike[str],
   abstract_params: Params,
@@ -248,11 +277,15 @@ def _checkpoints_folder(workdir: str | os.PathLike[str]) -> pathlib.Path:
   return pathlib.Path(workdir).absolute() / "checkpoints"
 
 
+def _metrics_path(workdir: str | os.PathLike[str], step: int) -> pathlib.Path:
+  return _checkpoints_folder(workdir) / str(step) / "metrics" / "metrics"
+
+
 def _drop_unreadable_metrics(workdir: str | os.PathLike[str]) -> None:
   """Deletes damaged metrics files, which would keep Orbax from opening."""
   if jax.process_index() == 0:
     for step in saved_steps(workdir):
-      path = _checkpoints_folder(workdir) / str(step) / "metrics" / "metrics"
+      path = _metrics_path(workdir, step)
       try:
         readable = not path.exists() or isinstance(
           json.loads(path.read_bytes()), dict

@@ -5,6 +5,7 @@ A run folder holds, beside its checkpoints, `model/`: the decoder's
 """
 
 import dataclasses
+import json
 import pathlib
 from collections.abc import Callable
 
@@ -45,7 +46,8 @@ def open_model(path: str, *, step: int | None = None) -> ModelSource:
 
   Args:
     path: a folder in Hugging Face format, a hub name, or a run folder.
-    step: which checkpoint of a run; the newest by default.
+    step: which checkpoint of a run. By default the newest; of a reward model
+      or classifier the one that its evaluations say is the best.
 
   Raises:
     ValueError: there is no such model, or its architecture is unknown.
@@ -59,6 +61,12 @@ def open_model(path: str, *, step: int | None = None) -> ModelSource:
     config = huggingface.read_config(folder)
     return ModelSource(config, str(folder), load_folder)
 
+  folder = pathlib.Path(path) / run_folder.MODEL_FOLDER
+  saved = huggingface.read_config(str(folder))
+  if step is None and saved.head != "vocabulary":
+    settings = json.loads((folder.parent / "config.json").read_text())
+    step = manager.best_step(path, settings["checkpoint"]["metric"])
+
   def load_run(config, shardings):
     abstract = jax.tree.map(
       lambda x, layout: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout),
@@ -67,5 +75,4 @@ def open_model(path: str, *, step: int | None = None) -> ModelSource:
     )
     return manager.restore_params(path, abstract, step)
 
-  folder = pathlib.Path(path) / run_folder.MODEL_FOLDER
-  return ModelSource(huggingface.read_config(folder), str(folder), load_run)
+  return ModelSource(saved, str(folder), load_run)

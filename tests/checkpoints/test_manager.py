@@ -179,6 +179,20 @@ def test_the_best_may_be_the_highest(tmp_path, mesh):
   assert manager.saved_steps(tmp_path) == [2, 3]
 
 
+def test_the_best_step_is_read_from_the_metrics_of_those_that_are_left(
+  tmp_path, mesh
+):
+  state = _state(mesh)
+  accuracies = {1: 0.5, 2: 0.9, 3: 0.9, 4: 0.1, 5: None}
+  with _open(tmp_path) as checkpoints:
+    for step, value in accuracies.items():
+      metrics = value and {"loss": value, "rewards/accuracies": value}
+      checkpoints.save(step, state, metrics)
+  assert manager.best_step(tmp_path, "rewards/accuracies") == 3
+  assert manager.best_step(tmp_path, "loss") == 4
+  assert manager.best_step(tmp_path, "rewards/margins") is None
+
+
 def test_save_is_for_multiples_of_every_or_when_forced(tmp_path, mesh):
   state = _state(mesh)
   with manager.Manager(tmp_path, every=2, keep=9) as checkpoints:
