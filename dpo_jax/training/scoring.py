@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -64,9 +65,32 @@ def response_logps(
     objective=dataclasses.replace(objective, wpo=False),
     chunk_length=chunk_length,
   )
-  score = jax.jit(
+  return collect(make_score_fn(scorer, mesh), params, batches, mesh)
+
+
+def make_score_fn(
+  scorer: steps.Scorer, mesh: Mesh
+) -> Callable[[Params, Params | None, Batch], steps.PairScores]:
+  """Returns the jitted `steps.make_score_step(scorer)`."""
+  return jax.jit(
     steps.make_score_step(scorer), out_shardings=sharding.replicated(mesh)
   )
+
+
+def collect(
+  score: Callable[[Params, Params | None, Batch], steps.PairScores],
+  params: Params,
+  batches: loader.Loader,
+  mesh: Mesh,
+) -> np.ndarray:
+  """Returns f32[n,C], what the policy scores each response, in file order.
+
+  Args:
+    score: of `make_score_fn`, its reference not traced.
+    params: the policy's, on the mesh.
+    batches: the pairs.
+    mesh: all devices; to be called under `jax.set_mesh`.
+  """
   found = []
   for batch in batches.eval_batches():
     batch = dataclasses.replace(batch, reference=None)

@@ -1,0 +1,208 @@
+"""Rewards of a trained reward model or classifier: texts to scores."""
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from dpo_jax import sharding
+from dpo_jax.checkpoints import source
+from dpo_jax.data import dataset, loader, packing, tokenize
+from dpo_jax.losses import objectives
+from dpo_jax.models import config as model_config
+from dpo_jax.models import transformer
+from dpo_jax.training import scoring, steps
+
+OUTPUTS = ("logit", "probability")
+BATCH_SIZE = 64  # responses that are scored before the host looks at them
+SHARD_ROWS = 8  # rows that a device computes at once
+# Of a model that no run says them of.
+MAX_LENGTH, MAX_PROMPT_LENGTH = 512, 256
+
+# Each loss of a head reads the same scores of it.
+_LOSSES = {
+  "reward": ("reward_model", {"label_smoothing": 0.0, "center_weight": 0.0}),
+  "classifier": ("classifier", {"label_smoothing": 0.0}),
+}
+
+
+def load(
+  path: str,
+  *,
+  output: str = "logit",
+  step: int | None = None,
+  max_length: int | None = None,
+  max_prompt_length: int | None = None,
+  with_eos: bool = True,
+  dtype: str = "auto",
+) -> "Learned":
+  """Returns `reward_fn(prompts, responses) -> f32[n]` of a trained model.
+
+  Args:
+    path: a run folder of `reward_model` or `classifier`; or a folder or hub
+      name of a `...ForSequenceClassification` of a family that we know: of one
+      label its score, of two score_1 - score_0.
+    output: `logit`, the score as it is: of a classifier the log-odds of label
+      1. Or `probability` of label 1, in (0, 1), of a classifier only.
+    step: which checkpoint of a run; by default the best that was evaluated.
+    max_length: tokens of prompt and response, above 1; by default the run's
+      own, else 512.
+    max_prompt_length: tokens; by default the run's own, else 256.
+    with_eos: whether the score is read at an EOS after the response, as in our
+      runs; or at its own last token, for models that never saw an EOS.
+    dtype: of matmuls; auto is bfloat16, float32 on CPU.
+
+  Raises:
+    ValueError: no such model, one without a scalar head or of an architecture
+      that is not known, or an option out of range.
+  """
+  if output not in OUTPUTS:
+    raise ValueError(f"unknown output {output!r}; known: {', '.join(OUTPUTS)}")
+  opened = source.open_model(path, step=step)
+  if opened.config.head == "vocabulary":
+    raise ValueError(
+      f"{path!r} is a language model; allowed: a run of reward_model or"
+      " classifier, or a ForSequenceClassification folder"
+    )
+  if output == "probability" and opened.config.head != "classifier":
+    raise ValueError(
+      f"output='probability': {path!r} is a reward model, of whose scores only"
+      " differences count; allowed: logit, or a classifier"
+    )
+  lengths = _run_lengths(path) or (MAX_LENGTH, MAX_PROMPT_LENGTH)
+  max_length = max_length or lengths[0]
+  max_prompt_length = max_prompt_length or lengths[1]
+  if max_length < 2 or max_prompt_length < 1:
+    raise ValueError(
+      f"max_length={max_length}, max_prompt_length={max_prompt_length}: must be"
+      " at least 2 and 1"
+    )
+  if dtype == "auto":
+    on_cpu = jax.default_backend() == "cpu"
+    dtype = "float32" if on_cpu else "bfloat16"
+  config = dataclasses.replace(opened.config, dtype=dtype)
+  is_bounded = config.positions == "learned"
+  if is_bounded and max_length > config.max_positions:
+    raise ValueError(
+      f"max_length={max_length}: the model has {config.max_positions} positions"
+    )
+  return Learned(
+    opened,
+    config,
+    output=output,
+    max_length=max_length,
+    max_prompt_length=min(max_prompt_length, max_length - 1),
+    with_eos=with_eos,
+  )
+
+
+def _run_lengths(path: str) -> tuple[int, int] | None:
+  """Returns the lengths that a run cut its data to; None where it is none."""
+  if not source.is_run(path):
+    return None
+  data = json.loads((pathlib.Path(path) / "config.json").read_text())["data"]
+  return data["max_length"], data["max_prompt_length"]
+
+
+class Learned:
+  """A reward function; holds the model's parameters on all devices."""
+
+  def __init__(
+    self,
+    opened: source.ModelSource,
+    config: model_config.ModelConfig,
+    *,
+    output: str,
+    max_length: int,
+    max_prompt_length: int,
+    with_eos: bool,
+  ):
+    """Reads the weights; see `load`, which checks the arguments."""
+    self.config = config
+    self._output = output
+    self._max_length = max_length
+    self._max_prompt_length = max_prompt_length
+    self._with_eos = with_eos
+    self._tokenizer = tokenize.load_tokenizer(opened.tokenizer)
+    self._mesh = sharding.make_mesh()
+    layouts = sharding.array_shardings(
+      self._mesh,
+      transformer.logical_axes(config),
+      transformer.param_shapes(config),
+    )
+    self._params = opened.load(config, layouts)
+    scorer = steps.Scorer(
+      policy=config,
+      reference=None,
+      objective=objectives.make_objective(*_LOSSES[config.head]),
+      chunk_length=1,
+    )
+    self._score = scoring.make_score_fn(scorer, self._mesh)
+
+  def __call__(
+    self, prompts: Sequence[str], responses: Sequence[str]
+  ) -> np.ndarray:
+    """Returns f32[n], the score of each response behind its prompt.
+
+    Tokens are those of training: prompts cut from the left, responses from the
+    right, tokenised apart. What else is asked for in the same call changes a
+    score by rounding at most.
+
+    Raises:
+      ValueError: lists of different lengths, or a response without a token.
+    """
+    if len(prompts) != len(responses):
+      raise ValueError(
+        f"{len(prompts)} prompts and {len(responses)} responses: must be as"
+        " many"
+      )
+    if not len(prompts):
+      return np.zeros(0, np.float32)
+    batches = self._batches(*self._tokens(prompts, responses))
+    with jax.set_mesh(self._mesh):
+      scores = scoring.collect(self._score, self._params, batches, self._mesh)
+    scores = scores[:, 0]
+    if self._output == "probability":
+      scores = np.asarray(jax.nn.sigmoid(scores))
+    return scores
+
+  def _tokens(self, prompts, responses):
+    """Returns the token lists, cut to length."""
+    prompts, responses = list(prompts), list(responses)
+    encoded = tokenize.encode_prompts(self._tokenizer, prompts)
+    answers = tokenize.encode_responses(self._tokenizer, prompts, responses)
+    if not self._with_eos:
+      eos = self._tokenizer.eos_token_id
+      answers = [ids[:-1] if ids[-1] == eos else ids for ids in answers]
+    kept = [ids[-self._max_prompt_length :] for ids in encoded]
+    cut = [
+      ids[: self._max_length - len(prompt)]
+      for prompt, ids in zip(kept, answers, strict=True)
+    ]
+    if not all(cut):
+      raise ValueError(
+        f"response {cut.index([])} is empty: must hold a token or more, as it"
+        " is read without an EOS"
+      )
+    return kept, cut
+
+  def _batches(self, prompts, responses) -> loader.Loader:
+    tokens = dataset.TokenDataset.from_lists(
+      prompts, responses, [[] for _ in prompts]
+    )
+    layout = packing.layout_for_window(
+      tokens.lengths, "mirrored", self.config.window
+    )
+    return loader.Loader(
+      tokens,
+      batch_size=BATCH_SIZE,
+      # Always the same, so that few shapes are compiled.
+      row_length=128 * math.ceil(self._max_length / 128),
+      microbatch_rows=SHARD_ROWS * sharding.num_row_shards(self._mesh),
+      layout=layout,
+      scored="ends",
+    )
