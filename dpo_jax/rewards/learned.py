@@ -81,10 +81,9 @@ def load(
       f"max_length={max_length}, max_prompt_length={max_prompt_length}: must be"
       " at least 2 and 1"
     )
-  if dtype == "auto":
-    on_cpu = jax.default_backend() == "cpu"
-    dtype = "float32" if on_cpu else "bfloat16"
-  config = dataclasses.replace(opened.config, dtype=dtype)
+  config = dataclasses.replace(
+    opened.config, dtype=sharding.matmul_dtype(dtype)
+  )
   is_bounded = config.positions == "learned"
   if is_bounded and max_length > config.max_positions:
     raise ValueError(
