@@ -69,7 +69,7 @@ def _wanted(case):
   return scores[:, 0] if scores.shape[1] == 1 else scores[:, 1] - scores[:, 0]
 
 
-@_by_default("llama", "qwen2")
+@_by_default("qwen2")
 def test_scores_are_those_of_transformers_read_and_written(case, tmp_path):
   config, params = _load(_write(case, tmp_path))
   is_classifier = make_classifiers.CASES[case] == 2

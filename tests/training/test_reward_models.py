@@ -74,22 +74,31 @@ def _batches(name, **settings):
   return loader.Loader(_tokens(name), scored="ends", **settings)
 
 
+def _mesh(shape):
+  axes = dict(zip(sharding.MESH_AXES, shape))
+  return sharding.make_mesh(
+    **axes, devices=jax.devices()[: int(np.prod(shape))]
+  )
+
+
+def _layouts(name, mesh):
+  config = _config(name)
+  return sharding.array_shardings(
+    mesh, transformer.logical_axes(config), transformer.param_shapes(config)
+  )
+
+
 @functools.cache
 def _run(name, mesh=ONE_DEVICE, **settings):
   """Returns the metrics of two steps."""
   settings = {"microbatch_rows": 16} | settings
-  devices = jax.devices()[: int(np.prod(mesh))]
-  mesh = sharding.make_mesh(
-    **dict(zip(sharding.MESH_AXES, mesh)), devices=devices
-  )
+  mesh = _mesh(mesh)
   config, batches = _config(name), _batches(name, **settings)
   rate = optimizers.make_schedule(
     1e-2, schedule="constant", warmup_steps=0, total_steps=9
   )
   optimizer = optimizers.make_optimizer("adamw", rate, clip=0.0)
-  layouts = sharding.array_shardings(
-    mesh, transformer.logical_axes(config), transformer.param_shapes(config)
-  )
+  layouts = _layouts(name, mesh)
   init = lambda: transformer.init_params(config, jax.random.key(0))
   with jax.set_mesh(mesh):
     now = state.init_state(init, optimizer, layouts, mesh)
@@ -113,23 +122,39 @@ def _assert_same(got, expected, rtol=1e-4):
       )
 
 
-# The other loss differs in its reduction alone.
-NAMES = ["reward_model", pytest.param("classifier", marks=pytest.mark.slow)]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", HEADS)
 def test_the_split_into_microbatches_changes_no_number(name):
   _assert_same(_run(name, microbatch_rows=2), _run(name))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_packed_equals_padded(name):
+@pytest.mark.parametrize(
+  ("mesh", "layout"), [(ONE_DEVICE, "padded"), ((2, 2, 2), "mirrored")]
+)
+def test_scores_do_not_depend_on_layout_or_mesh(mesh, layout):
+  name = "classifier"
+  score = jax.jit(steps.make_score_step(_scorer(name)))
+  batches = _batches(name, microbatch_rows=8)
+  packed = score(_params(name), None, batches.batch(0)).policy
+  assert np.sum(packed != 0) == 8  # one of the two columns
+  mesh = _mesh(mesh)
+  batches = _batches(name, microbatch_rows=8, layout=layout)
+  params = jax.device_put(_params(name), _layouts(name, mesh))
+  with jax.set_mesh(mesh):
+    placed = scoring.device_batch(batches.batch(0), batches, mesh)
+    found = score(params, None, placed).policy
+  np.testing.assert_allclose(found, packed, atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HEADS)
+def test_training_packed_equals_training_padded(name):
   _assert_same(_run(name, layout="padded"), _run(name))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_one_device_equals_eight(name):
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HEADS)
+def test_training_on_one_device_equals_eight(name):
   many = _run(name, mesh=(2, 2, 2), microbatch_rows=4)
   _assert_same(many, _run(name), rtol=2e-3)
 
@@ -160,6 +185,7 @@ def test_a_score_is_that_of_the_sequence_alone():
       )
 
 
+@pytest.mark.slow
 def test_gradient_is_that_of_the_definition():
   """-log sigmoid of the difference, by finite differences of the head."""
   name = "classifier"
