@@ -129,7 +129,7 @@ def test_wrong_source_and_inputs_and_empty_file_are_refused(write_lines):
   path = write_lines()
   for source, inputs, message in (
     ("jsonl", "pairs", "pairs.jsonl' is empty"),
-    ("json", "pairs", "unknown data source 'json'; known: hh, hub, jsonl, syn"),
+    ("json", "pairs", "unknown data source 'json'; known: hh, hub, imdb, jso"),
     (
       "jsonl",
       "pear",

@@ -224,7 +224,7 @@ def test_each_missing_hyperparameter_is_named(name):
 def test_a_hyperparameter_of_another_loss_is_refused():
   assert _line("dpo", {"beta": 0.1, "label_smoothing": 0.1}) == (
     "loss 'dpo' does not honour loss.label_smoothing; losses that do: aot,"
-    " aot_unpaired, cdpo, exo, robust, simpo"
+    " aot_unpaired, cdpo, classifier, exo, reward_model, robust, simpo"
   )
   assert _line("dpo", {"beta": 0.1, "bta": 0.1}).endswith("do: none")
 
@@ -254,13 +254,15 @@ def test_the_table_of_what_is_honoured():
   honouring = lambda m: {n for n in NAMES if m in objectives.LOSSES[n].honours}
   # Losses with a likelihood, which counts every token and pair alike.
   likelihoods = {"sft", "sft_sum", "preferred_ft", "orpo", "cpo", "slic"}
+  scores = {"reward_model", "classifier"}
   assert honouring("f_divergence") == set(
     "dpo cdpo robust hinge ipo exo discopop dpo_norm".split()
   )
-  assert honouring("sft_weight") == set(NAMES) - likelihoods
+  assert honouring("sft_weight") == set(NAMES) - likelihoods - scores
   assert honouring("prompt_nll") == {"sft", "preferred_ft", "orpo"}
   # These need two responses behind one prompt.
-  of_pairs = set(NAMES) - likelihoods - {"kto", "bco", "plackett_luce"}
+  others = {"kto", "bco", "plackett_luce"}
+  of_pairs = set(NAMES) - likelihoods - scores - others
   assert honouring("ld_alpha") == of_pairs
   assert honouring("wpo") == of_pairs - {"aot", "aot_unpaired"}
 
