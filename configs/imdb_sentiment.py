@@ -38,14 +38,15 @@ def get_config(loss: str = "dpo"):
     config.optimizer.clip = 1.0
   if is_sft or loss == "classifier":
     config.data.source = "imdb"
-    config.data.max_length = 256
     config.data.max_prompt_length = 16
-    config.data.row_length = 256
+    config.data.row_length = 512
     config.microbatch_rows = 8
-    config.model.preset = "mini"
+    config.model.preset = "small" if is_sft else "mini"
     config.model.tokenizer = "runs/imdb_tokenizer"
   if loss == "classifier":
-    config.epochs = 3
+    config.epochs = 2
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.weight_decay = 0.1
     config.checkpoint.metric = "rewards/accuracies"
   if loss == "reward_model":
     config.epochs = 3

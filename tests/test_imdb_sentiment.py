@@ -25,7 +25,7 @@ def reviews(shared_dir, tmp_path):
 
 @pytest.mark.parametrize(
   ("loss", "head", "num_steps"),
-  [("sft", "vocabulary", 4), ("classifier", "classifier", 12)],
+  [("sft", "vocabulary", 4), ("classifier", "classifier", 8)],
 )
 def test_a_stage_reads_reviews(loss, head, num_steps, reviews, tmp_path):
   config = imdb_sentiment.get_config(loss)
