@@ -46,6 +46,16 @@ def get_config() -> config_dict.ConfigDict:
   config.model.router_loss = 0.001  # weight of load balancing among experts
   config.model.logprob_chunk = 128  # scored positions a row that meet V at once
 
+  # Adapters of low rank, trained in place of the model at `model.path`.
+  config.lora = config_dict.ConfigDict()
+  config.lora.rank = 0  # 0: none, all weights are trained
+  config.lora.alpha = placeholder(float)  # scale * rank; None: 2 * rank
+  # Regular expression of whole names: query, key, value, out, up, gate, down;
+  # empty: all of them.
+  config.lora.targets = ""
+  config.lora.path = ""  # run folder or PEFT folder of those to start from
+  config.lora.base_dtype = "auto"  # of the frozen weights; auto: as model.dtype
+
   config.loss = config_dict.ConfigDict()
   # A name of configs/losses.py, or a weighted sum: dpo:0.8,bco_pair:0.2,sft:1
   config.loss.name = "dpo"
@@ -76,7 +86,9 @@ def get_config() -> config_dict.ConfigDict:
   # once and kept in `data.cache_dir`; ema, sync: as live, and it moves to the
   # policy as in TR-DPO; none. A loss without a reference never traces one.
   config.reference.mode = "live"
-  config.reference.path = ""  # empty: the policy as it starts
+  # Empty: the policy as it starts. With adapters, that or a path of others of
+  # the same base holds no second copy of it; `model.path` is the base alone.
+  config.reference.path = ""
   config.reference.dtype = "auto"  # auto: as model.dtype
   # ema: the policy's share in the new reference, in (0, 1]; None: 0.6
   config.reference.alpha = placeholder(float)

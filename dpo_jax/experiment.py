@@ -19,7 +19,7 @@ from dpo_jax.checkpoints import source
 from dpo_jax.data import dataset, loader, packing, synthetic, tokenize
 from dpo_jax.losses import objectives
 from dpo_jax.models import config as model_config
-from dpo_jax.models import transformer
+from dpo_jax.models import lora, transformer
 from dpo_jax.training import loop, optimizers, state, steps
 from dpo_jax.training import reference as reference_lib
 from dpo_jax.types import Params
@@ -34,10 +34,12 @@ class Experiment:
     mesh: all devices.
     tokenizer: the policy's.
     scorer: policy, reference and loss.
-    shardings: the layout of each parameter of the policy.
-    load_policy: returns the policy before the first update.
+    shardings: the layout of each parameter that is trained.
+    load_base: returns what adapters are added to; None without adapters.
+    load_policy: returns what is trained, before the first update.
     reference: where reference log-probabilities come from.
-    load_reference: returns the reference's parameters, given the policy's.
+    load_reference: returns the reference's parameters, given the policy's;
+      for adapters see `TrainState`.
     cache_dir: folder of the caches of tokens and log-probabilities.
     optimizer: clips and updates.
     learning_rate: as a function of the updates done.
@@ -53,6 +55,7 @@ class Experiment:
   tokenizer: Any
   scorer: steps.Scorer
   shardings: Params
+  load_base: Callable[[], Params | None]
   load_policy: Callable[[], Params]
   reference: reference_lib.Reference
   load_reference: Callable[[Params], Params | None]
@@ -77,12 +80,23 @@ def build(config: ConfigDict) -> Experiment:
   opened, policy = _policy_config(config)
   tokenizer = _load_tokenizer(config, opened)
   policy = _fit_policy(config, policy, tokenizer, from_scratch=not opened)
+  policy = _add_lora(config, policy)
   shardings = sharding.array_shardings(
     mesh, transformer.logical_axes(policy), transformer.param_shapes(policy)
+  )
+  load_base, load_policy = (
+    lambda: None,
+    _make_load_policy(config, opened, policy, shardings),
   )
   reference, load_reference = _make_reference(
     config, objective, policy, shardings, mesh
   )
+  if policy.lora:
+    shardings = lora.layouts(mesh, policy)
+    load_base, load_policy = (
+      load_policy,
+      _make_load_adapters(config, policy, shardings),
+    )
   models = [model for model in (policy, reference.model) if model]
   train_loader, eval_loader = _make_loaders(
     config, objective, tokenizer, mesh, models
@@ -102,7 +116,8 @@ def build(config: ConfigDict) -> Experiment:
       router_loss=config.model.router_loss,
     ),
     shardings=shardings,
-    load_policy=_make_load_policy(config, opened, policy, shardings),
+    load_base=load_base,
+    load_policy=load_policy,
     reference=reference,
     load_reference=load_reference,
     cache_dir=_cache_dir(config),
@@ -236,6 +251,82 @@ def _make_load_policy(config, opened, policy, shardings):
   )
 
 
+def _add_lora(config, policy):
+  """Returns the decoder with the adapters that are to be trained, if any."""
+  options = config.lora
+  if not options.rank:
+    for key in ("alpha", "targets", "path"):
+      if options[key]:
+        raise ValueError(
+          f"lora.{key}={options[key]!r}: only with lora.rank above 0"
+        )
+    return policy
+  if not config.model.path:
+    raise ValueError(
+      f"lora.rank={options.rank}: adapters need model.path; the random weights"
+      " of a model.preset are not kept"
+    )
+  alpha = 2.0 * options.rank if options.alpha is None else options.alpha
+  wanted = model_config.Lora(
+    options.rank, alpha, options.targets or ".*", config.model.param_dtype
+  )
+  dtype = options.base_dtype
+  dtype = policy.dtype if dtype == "auto" else dtype
+  policy = dataclasses.replace(policy, param_dtype=dtype)
+  return lora.with_lora(policy, wanted)
+
+
+def _make_load_adapters(config, policy, layouts):
+  """Returns a function that returns the adapters before the first update."""
+  path = config.lora.path
+  if not path:
+    rng = jax.random.key(config.seed)
+    return jax.jit(lambda: lora.init(policy, rng), out_shardings=layouts)
+  adapted, load = _open_adapter(path, policy)
+  shapes = lambda model: jax.tree.map(lambda x: x.shape, lora.shapes(model))
+  ours, theirs = policy.lora, adapted.lora
+  if shapes(policy) != shapes(adapted) or ours.scale != theirs.scale:
+    raise ValueError(
+      f"lora.path={path!r} has rank {theirs.rank}, alpha {theirs.alpha:g} and"
+      f" targets {theirs.targets!r}; lora.rank={ours.rank},"
+      f" lora.alpha={ours.alpha:g} and lora.targets={ours.targets!r} differ"
+    )
+  return lambda: load(policy, layouts)
+
+
+def _open_adapter(path, policy):
+  """Returns the decoder with the adapters at a path, and how they load."""
+  adapter = source.open_adapter(path)
+  if adapter is None:
+    raise ValueError(f"lora.path={path!r} is a whole model, not an adapter")
+  theirs = adapter.lora(dataclasses.replace(policy, lora=None))
+  theirs = dataclasses.replace(theirs, dtype=policy.lora.dtype)
+  return lora.with_lora(policy, theirs), adapter.load
+
+
+def _make_shared_reference(config, policy, mesh):
+  """Returns a reference over the policy's base and its loader, or None."""
+  path = config.reference.path or config.lora.path or config.model.path
+  model, load = dataclasses.replace(policy, lora=None), lambda params: None
+  if not source.is_same(path, config.model.path):
+    adapter = source.open_adapter(path)
+    # What the policy starts from is over this base, whatever it says.
+    is_own = path == config.lora.path
+    if adapter is None or not (
+      is_own or source.is_same(adapter.base, config.model.path)
+    ):
+      return None
+    model, load_adapter = _open_adapter(path, policy)
+    layouts = lora.layouts(mesh, model)
+    load = lambda params: load_adapter(model, layouts)
+  if config.reference.dtype not in ("auto", policy.param_dtype):
+    raise ValueError(
+      f"reference.dtype={config.reference.dtype!r}: the reference shares the"
+      f" policy's base, which is {policy.param_dtype} (lora.base_dtype)"
+    )
+  return model, load
+
+
 def _make_reference(config, objective, policy, shardings, mesh):
   """Returns what the reference is, and how its weights come."""
   options = config.reference
@@ -250,6 +341,15 @@ def _make_reference(config, objective, policy, shardings, mesh):
         " reference"
       )
     return make(options.mode, None), lambda params: None
+  if policy.lora:
+    if options.mode in reference_lib.MOVING_MODES:
+      raise ValueError(
+        f"reference.mode={options.mode!r} with lora.rank={policy.lora.rank}: a"
+        " reference of adapters does not move; known: live, cached, none"
+      )
+    shared = _make_shared_reference(config, policy, mesh)
+    if shared:
+      return make(options.mode, shared[0]), shared[1]
   dtype = policy.dtype if options.dtype == "auto" else options.dtype
   if not options.path:
     model = dataclasses.replace(policy, param_dtype=dtype)

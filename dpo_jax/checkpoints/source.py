@@ -1,18 +1,23 @@
 """Where a model comes from: a Hugging Face folder, a hub name or a run.
 
 A run folder holds, beside its checkpoints, `model/`: the decoder's
-`config.json` in Hugging Face format and the tokenizer.
+`config.json` in Hugging Face format and the tokenizer. A run of adapters says
+there, in `lora.json`, what they are and where their base is. Such a run, like
+a folder in PEFT's format, is a model too: its base with the adapters merged.
 """
 
 import dataclasses
+import functools
+import json
+import os
 import pathlib
 from collections.abc import Callable
 
 import jax
 
 from dpo_jax.checkpoints import manager, run_folder
-from dpo_jax.models import huggingface, transformer
-from dpo_jax.models.config import ModelConfig
+from dpo_jax.models import huggingface, huggingface_adapters, lora, transformer
+from dpo_jax.models.config import Lora, ModelConfig
 from dpo_jax.types import Params
 
 
@@ -32,6 +37,27 @@ class ModelSource:
   load: Callable[[ModelConfig, Params], Params]
 
 
+@dataclasses.dataclass(frozen=True)
+class AdapterSource:
+  """Adapters that can be loaded.
+
+  Attributes:
+    folder: holds their tokenizer, if any.
+    base: path or name of the model that they were trained on.
+    lora: what they are, given the base's config.
+    load: (config with that `lora`, shardings) -> adapters on the mesh.
+  """
+
+  folder: str
+  base: str
+  lora: Callable[[ModelConfig], Lora]
+  load: Callable[[ModelConfig, Params], Params]
+
+
+LORA = "lora.json"  # in a run's model folder
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
 def is_run(path: str) -> bool:
   """Returns whether `path` is a run folder."""
   folder = pathlib.Path(path)
@@ -40,16 +66,67 @@ def is_run(path: str) -> bool:
   ).is_dir()
 
 
+def is_same(one: str, other: str) -> bool:
+  """Returns whether two paths or hub names are of one model."""
+  is_folder = os.path.isdir(one) and os.path.isdir(other)
+  return os.path.samefile(one, other) if is_folder else one == other
+
+
+def write_lora(folder: pathlib.Path, config: Lora, base: str) -> None:
+  """Writes what the adapters of a run are into its model folder."""
+  base = os.path.abspath(base) if os.path.isdir(base) else base
+  values = {"base": base, **dataclasses.asdict(config)}
+  (folder / LORA).write_text(json.dumps(values, indent=2) + "\n")
+
+
+def open_adapter(path: str, *, step: int | None = None) -> AdapterSource | None:
+  """Returns the adapters that a path names; None if it is a whole model.
+
+  Args:
+    path: a run folder, a folder in PEFT's format, or a hub name.
+    step: which checkpoint of a run; the newest by default.
+
+  Raises:
+    ValueError: there is no such model, or adapters that cannot be read.
+  """
+  if not is_run(path):
+    folder = huggingface.resolve(path)
+    if not huggingface_adapters.is_adapter(folder):
+      return None
+    return AdapterSource(
+      folder=folder,
+      base=huggingface_adapters.read_config(folder)["base_model_name_or_path"],
+      lora=functools.partial(huggingface_adapters.read_lora, folder),
+      load=functools.partial(huggingface_adapters.load, folder),
+    )
+  folder = pathlib.Path(path) / run_folder.MODEL_FOLDER
+  if not (folder / LORA).exists():
+    return None
+  values = json.loads((folder / LORA).read_text())
+  return AdapterSource(
+    folder=str(folder),
+    base=values.pop("base"),
+    lora=lambda config: Lora(**values),
+    load=lambda config, shardings: _restore(
+      path, step, lora.shapes(config), shardings
+    ),
+  )
+
+
 def open_model(path: str, *, step: int | None = None) -> ModelSource:
   """Returns what `model.path` names, without reading any weights.
 
   Args:
-    path: a folder in Hugging Face format, a hub name, or a run folder.
+    path: a folder in Hugging Face format, a hub name, or a run folder; or an
+      adapter in PEFT's format, which is merged into its base.
     step: which checkpoint of a run; the newest by default.
 
   Raises:
     ValueError: there is no such model, or its architecture is unknown.
   """
+  adapter = open_adapter(path, step=step)
+  if adapter is not None:
+    return _merged(adapter)
   if not is_run(path):
     folder = huggingface.resolve(path)
 
@@ -60,12 +137,45 @@ def open_model(path: str, *, step: int | None = None) -> ModelSource:
     return ModelSource(config, str(folder), load_folder)
 
   def load_run(config, shardings):
-    abstract = jax.tree.map(
-      lambda x, layout: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout),
-      transformer.param_shapes(config),
-      shardings,
-    )
-    return manager.restore_params(path, abstract, step)
+    return _restore(path, step, transformer.param_shapes(config), shardings)
 
   folder = pathlib.Path(path) / run_folder.MODEL_FOLDER
   return ModelSource(huggingface.read_config(folder), str(folder), load_run)
+
+
+def _merged(adapter: AdapterSource) -> ModelSource:
+  """Returns the model that an adapter and its base are together."""
+  if is_same(adapter.base, adapter.folder):
+    raise ValueError(f"{adapter.folder}: the adapter's base is itself")
+  base = open_model(adapter.base)
+  config = lora.with_lora(base.config, adapter.lora(base.config))
+
+  def load(wanted, shardings):
+    adapted = dataclasses.replace(wanted, lora=config.lora)
+    mesh = jax.tree.leaves(shardings)[0].mesh
+    adapters = adapter.load(adapted, lora.layouts(mesh, adapted))
+    merge = jax.jit(
+      functools.partial(lora.merge, adapted),
+      donate_argnums=0,
+      out_shardings=shardings,
+    )
+    return merge(base.load(wanted, shardings), adapters)
+
+  has_own = any(
+    os.path.isfile(os.path.join(adapter.folder, name))
+    for name in TOKENIZER_FILES
+  )
+  tokenizer = adapter.folder if has_own else base.tokenizer
+  return ModelSource(base.config, tokenizer, load)
+
+
+def _restore(
+  run: str, step: int | None, shapes: Params, shardings: Params
+) -> Params:
+  """Returns parameters of these shapes from a run's checkpoint."""
+  abstract = jax.tree.map(
+    lambda x, layout: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout),
+    shapes,
+    shardings,
+  )
+  return manager.restore_params(run, abstract, step)

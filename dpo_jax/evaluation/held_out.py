@@ -64,7 +64,7 @@ def make_settings(path: str, *, dtype: str = "auto", **given: Any) -> Settings:
   if source.is_run(path) and file.exists():
     config = json.loads(file.read_text())
     defaults = {
-      "reference": config["reference"]["path"] or config["model"]["path"],
+      "reference": _reference_of(config),
       "beta": config["loss"]["beta"],
       "max_length": config["data"]["max_length"],
       "max_prompt_length": config["data"]["max_prompt_length"],
@@ -80,6 +80,12 @@ def make_settings(path: str, *, dtype: str = "auto", **given: Any) -> Settings:
     raise ValueError(f"beta={settings['beta']:g}: must be above 0")
   dtype = sharding.matmul_dtype(dtype)
   return Settings(source=path, dtype=dtype, **settings)
+
+
+def _reference_of(config):
+  """Returns the path of a run's reference; empty where it has none."""
+  started_from = config.get("lora", {}).get("path") or config["model"]["path"]
+  return config["reference"]["path"] or started_from
 
 
 def evaluate(

@@ -35,6 +35,27 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class Lora:
+  """Adapters of low rank beside frozen weights; see `lora`.
+
+  Attributes:
+    rank: of what an adapter adds to a kernel, at least 1.
+    alpha: it is multiplied by alpha / rank; above 0.
+    targets: pattern of the whole name of each projection that has one.
+    dtype: what they are kept in.
+  """
+
+  rank: int
+  alpha: float
+  targets: str
+  dtype: str = "float32"
+
+  @property
+  def scale(self) -> float:
+    return self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """A decoder's shape, and how it is computed. Hashable.
 
@@ -63,6 +84,7 @@ class ModelConfig:
     remat: which activations of a block the backward pass recomputes: `none`
       of them, all of them (`full`), or all but the outputs of its
       projections (`dots`).
+    lora: the adapters that the parameters may have; None: they have none.
   """
 
   family: str
@@ -100,6 +122,7 @@ class ModelConfig:
   dtype: str = "float32"
   param_dtype: str = "float32"
   remat: str = "none"
+  lora: Lora | None = None
 
   def __post_init__(self):
     for name, known in {**CHOICES, "family": tuple(FAMILIES)}.items():

@@ -164,7 +164,7 @@ def save_model(
       for output in members
     }
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    _write_json(os.path.join(folder, INDEX), index)
+    write_json(os.path.join(folder, INDEX), index)
   write_config(
     folder, config, bos_token_id=bos_token_id, eos_token_id=eos_token_id
   )
@@ -182,10 +182,10 @@ def write_config(
   values |= {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
   # Some families have a default, which a smaller vocabulary may not hold.
   values["pad_token_id"] = None
-  _write_json(os.path.join(folder, "config.json"), values)
+  write_json(os.path.join(folder, "config.json"), values)
 
 
-def _write_json(path: str, values: dict[str, Any]) -> None:
+def write_json(path: str, values: dict[str, Any]) -> None:
   """Writes an indented JSON file."""
   with open(path, "w") as file:
     json.dump(values, file, indent=2)
@@ -266,7 +266,7 @@ def _outputs(config: ModelConfig, params: Params) -> list[safetensors.Output]:
 
     def fetch():
       arrays = [
-        _to_host(leaf, index).reshape(
+        to_host(leaf, index).reshape(
           place.shape if tensor.by_head else place.matrix_shape
         )
         for place, leaf in parts
@@ -303,7 +303,7 @@ def _part(leaf: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
   return leaf
 
 
-def _to_host(leaf: jax.Array, index: tuple[int, ...]) -> np.ndarray:
+def to_host(leaf: jax.Array, index: tuple[int, ...] = ()) -> np.ndarray:
   """Returns a parameter, or its part at a layer, on every process."""
   if index:
     with jax.transfer_guard("allow"):  # The index is on the host.

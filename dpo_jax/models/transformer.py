@@ -184,7 +184,7 @@ class Decoder(nn.Module):
       )
     blocks = nn.scan(
       block,
-      variable_axes={"params": 0, "routing": 0},
+      variable_axes={"params": 0, "lora": 0, "routing": 0},
       split_rngs={"params": True},
       in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
       length=config.num_layers,
@@ -265,7 +265,7 @@ def hidden_states(
 
   Args:
     config: the model.
-    params: its parameters.
+    params: its parameters, and under `lora` adapters, if it is to use any.
     tokens: token ids below `config.vocab_size`; others give NaN.
     positions: position ids; with learned positions, those from
       `config.max_positions` on give NaN.
@@ -279,7 +279,7 @@ def hidden_states(
     States in `config.dtype`; `unembedding` turns them into logits.
   """
   return Decoder(config).apply(
-    {"params": params}, tokens, positions, key_start, key_end
+    _variables(params), tokens, positions, key_start, key_end
   )
 
 
@@ -293,7 +293,7 @@ def hidden_states_and_routing(
 ) -> tuple[jax.Array, moe.Routing]:
   """Returns `hidden_states` of a model with experts, and what they saw."""
   states, sown = Decoder(config).apply(
-    {"params": params},
+    _variables(params),
     *(tokens, positions, key_start, key_end),
     mutable=["routing"],
   )
@@ -389,6 +389,14 @@ def make_cache(prompt: Params, num_rows: int, length: int) -> Params:
     return sharding.constrain(empty, "rows", "heads", None, None)
 
   return jax.tree.map(room, prompt)
+
+
+def _variables(params: Params) -> dict[str, Params]:
+  """Returns the collections of the decoder: the weights, and the adapters."""
+  weights = {name: x for name, x in params.items() if name != "lora"}
+  if "lora" not in params:
+    return {"params": weights}
+  return {"params": weights, "lora": params["lora"]}
 
 
 def unembedding(config: ModelConfig, params: Params) -> Unembedding:

@@ -1,0 +1,353 @@
+"""Runs of adapters: identities, meshes, references, resumption, export."""
+
+import dataclasses
+import functools
+import itertools
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from configs import quickstart
+from dpo_jax import experiment as experiment_lib
+from dpo_jax import sharding, trainer
+from dpo_jax.checkpoints import manager, source
+from dpo_jax.data import dataset, loader, synthetic
+from dpo_jax.losses import objectives
+from dpo_jax.models import config as model_config
+from dpo_jax.models import huggingface, lora, transformer
+from dpo_jax.training import optimizers, scoring, state, steps
+
+MAKE_MESH = sharding.make_mesh
+SIZES = {
+  "num_layers": 2,
+  "d_model": 32,
+  "d_mlp": 64,
+  "num_heads": 4,
+  "max_positions": 128,
+}
+FAMILIES = ("gpt2", "llama", "phi3")
+MESHES = ((1, 8, 1), (2, 2, 2), (4, 1, 2), (8, 1, 1), (1, 1, 8), (1, 2, 4))
+LN2 = float(np.log(2))
+
+_slow = lambda *value: pytest.param(*value, marks=pytest.mark.slow)
+
+
+def _pairs():
+  rng = np.random.default_rng(0)
+  lists = lambda: [
+    rng.integers(1, 64, size=n).tolist() for n in rng.integers(3, 20, size=16)
+  ]
+  return dataset.TokenDataset.from_lists(lists(), lists(), lists())
+
+
+@functools.cache
+def _steps_on(family, mesh, order=None, loss="dpo", num_steps=3):
+  """Returns the metrics of each step on a mesh of devices in an order."""
+  devices = np.array(jax.devices()[: int(np.prod(mesh))])
+  if order is not None:
+    devices = devices[np.random.default_rng(order).permutation(len(devices))]
+  axes = dict(zip(sharding.MESH_AXES, mesh))
+  mesh = MAKE_MESH(**axes, devices=list(devices))
+  config = lora.with_lora(
+    model_config.of_family(family, vocab_size=64, **SIZES),
+    model_config.Lora(4, 8.0, ".*"),
+  )
+  objective = objectives.make_objective(loss, {"beta": 0.5})
+  plain = dataclasses.replace(config, lora=None)
+  scorer = steps.Scorer(config, plain, objective, chunk_length=16)
+  rate = lambda step: 1e-2 + 0 * step
+  optimizer = optimizers.make_optimizer("adamw", rate, clip=0.0)
+  batches = loader.Loader(
+    _pairs(), batch_size=8, microbatch_rows=8, row_length=64
+  )
+  rng = jax.random.key(0)
+  layouts = sharding.array_shardings(
+    mesh, transformer.logical_axes(config), transformer.param_shapes(config)
+  )
+  with jax.set_mesh(mesh):
+    base = jax.jit(
+      lambda: transformer.init_params(config, rng), out_shardings=layouts
+    )()
+    now = state.init_state(
+      lambda: lora.init(config, rng),
+      optimizer,
+      lora.layouts(mesh, config),
+      mesh,
+    )
+    now = dataclasses.replace(now, base=base)
+    step = jax.jit(
+      steps.make_train_step(scorer, optimizer, rate), donate_argnums=0
+    )
+    history = []
+    for k in range(num_steps):
+      placed = scoring.device_batch(batches.batch(k), batches, mesh)
+      now, metrics = step(now, placed)
+      history.append({k: float(v) for k, v in metrics.items()})
+  return history
+
+
+def _assert_leaves_ln2(history):
+  """Gradient at step 1; another loss, by more than rounding, by step 3."""
+  losses = [line["loss"] for line in history]
+  assert losses[0] == pytest.approx(LN2, abs=1e-6)
+  assert history[0]["rewards/margins"] == 0
+  assert history[0]["grad_norm"] > 1e-3
+  assert abs(losses[2] - LN2) > 1e-3
+
+
+@pytest.mark.parametrize(
+  "family, mesh, order",
+  [
+    ("llama", (2, 2, 2), 1),
+    *(
+      _slow(family, mesh, order)
+      for family, mesh, order in itertools.product(
+        (*FAMILIES, "gpt_neox"), MESHES, (None, 3, 4)
+      )
+    ),
+  ],
+)
+def test_no_mesh_changes_a_number_or_stays_at_ln2(family, mesh, order):
+  one = _steps_on(family, (1, 1, 1))
+  many = _steps_on(family, mesh, order)
+  _assert_leaves_ln2(many)
+  for ours, theirs in zip(many, one, strict=True):
+    for key in ours:
+      np.testing.assert_allclose(
+        ours[key], theirs[key], rtol=2e-3, atol=1e-4, err_msg=key
+      )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["aot", "kto"])
+def test_losses_across_the_batch_leave_their_start(loss):
+  first, _, last = _steps_on("llama", (1, 1, 1), loss=loss)
+  assert abs(last["loss"] - first["loss"]) > 1e-3
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+  """A Hugging Face folder of a tiny Llama with a tokenizer."""
+  folder = tmp_path_factory.mktemp("model")
+  tokenizer = synthetic.make_tokenizer()
+  config = model_config.llama(vocab_size=len(tokenizer), **SIZES)
+  params = transformer.init_params(config, jax.random.key(7))
+  huggingface.save_model(str(folder), config, params, eos_token_id=1)
+  tokenizer.save_pretrained(folder)
+  return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+  """Keeps whole runs on one device."""
+  make_mesh = functools.partial(MAKE_MESH, devices=jax.devices()[:1])
+  monkeypatch.setattr(sharding, "make_mesh", make_mesh)
+
+
+def _config(folder, model, loss="dpo", **settings):
+  config = quickstart.get_config(loss)
+  config.steps = 3
+  config.batch_size = 8
+  config.microbatch_rows = 4
+  config.data.path, config.data.eval_path = "pairs:40", ""
+  config.data.row_length = 128
+  config.data.cache_dir = str(folder / "cache")
+  config.log.every = 1
+  config.optimizer.warmup_steps = 0
+  config.optimizer.learning_rate = 1e-2
+  config.optimizer.schedule = "constant"
+  config.model.preset, config.model.path = "", model
+  config.lora.rank = 4
+  config.update_from_flattened_dict(settings)
+  return config
+
+
+class _Run:
+  """A compiled step, run by hand."""
+
+  def __init__(self, config, num_steps=3):
+    experiment = experiment_lib.build(config)
+    with jax.set_mesh(experiment.mesh):
+      experiment, now = trainer.init_state(experiment)
+      batch = trainer.host_batch(experiment, 0).batch
+      compiled = trainer.compile_train_step(experiment, now, batch)
+      self.base = jax.device_get(now.base)
+      self.reference = jax.device_get(now.reference)
+      self.history = []
+      for k in range(num_steps):
+        batch = trainer.host_batch(experiment, k).batch
+        now, metrics = compiled(now, batch)
+        self.history.append({k: float(v) for k, v in metrics.items()})
+    self.experiment, self.state = experiment, now
+    memory = compiled.memory_analysis()
+    self.argument_bytes = memory.argument_size_in_bytes
+
+  @property
+  def losses(self):
+    return [line["loss"] for line in self.history]
+
+
+def _bytes(tree):
+  return sum(x.nbytes for x in jax.tree.leaves(tree))
+
+
+def test_one_copy_of_the_base_serves_policy_and_reference(tmp_path, model):
+  run = _Run(_config(tmp_path, model))
+  _assert_leaves_ln2(run.history)
+  assert run.state.reference is None
+  jax.tree.map(np.testing.assert_array_equal, run.state.base, run.base)
+  trained = _bytes(run.state.params) + _bytes(run.state.opt_state)
+  # The rest is the batch.
+  assert run.argument_bytes < _bytes(run.base) + trained + 60_000
+  assert _bytes(run.base) > 300_000
+  shapes = jax.tree.map(np.shape, run.state.opt_state[1][0].mu)
+  assert shapes == jax.tree.map(np.shape, run.state.params)
+
+
+def test_a_base_in_bfloat16_has_adapters_in_float32(tmp_path, model):
+  half = _Run(_config(tmp_path, model, **{"lora.base_dtype": "bfloat16"}))
+  whole = _Run(_config(tmp_path, model))
+  assert 2 * _bytes(half.state.base) == _bytes(whole.state.base)
+  assert {x.dtype.name for x in jax.tree.leaves(half.state.params)} == {
+    "float32"
+  }
+  _assert_leaves_ln2(half.history)
+  np.testing.assert_allclose(half.losses, whole.losses, atol=1e-2)
+
+
+def test_cached_has_the_losses_of_live_and_none_needs_no_reference(
+  tmp_path, model
+):
+  live = _Run(_config(tmp_path, model))
+  cached = _Run(_config(tmp_path, model, **{"reference.mode": "cached"}))
+  assert cached.experiment.loader is not live.experiment.loader
+  np.testing.assert_allclose(cached.losses, live.losses, atol=1e-4)
+  none = _Run(_config(tmp_path, model, "simpo", **{"reference.mode": "none"}))
+  assert none.losses[-1] != none.losses[0]
+
+
+@pytest.fixture(scope="module")
+def sft(tmp_path_factory, model):
+  """A finished LoRA run."""
+  folder = tmp_path_factory.mktemp("sft")
+  make_mesh = sharding.make_mesh
+  sharding.make_mesh = functools.partial(MAKE_MESH, devices=jax.devices()[:1])
+  try:
+    trainer.train(_config(folder, model), str(folder / "run"))
+  finally:
+    sharding.make_mesh = make_mesh
+  return folder / "run"
+
+
+def test_a_run_of_adapters_keeps_no_base(sft):
+  (step,) = manager.saved_steps(sft)
+  text = (sft / "checkpoints" / str(step) / "fingerprints/metadata").read_text()
+  names = list(json.loads(text))
+  assert any("lora" in name for name in names)
+  assert not [n for n in names if "embedding" in n or "kernel" in n]
+
+
+def test_an_adapter_can_be_the_reference(tmp_path, model, sft):
+  start = {"lora.path": str(sft)}
+  # Where the policy starts from, by default; one more adapter in memory.
+  run = _Run(_config(tmp_path, model, **start))
+  _assert_leaves_ln2(run.history)
+  assert run.reference.keys() == {"lora"}
+  assert np.any(run.reference["lora"]["blocks"]["mlp"]["up"]["last"])
+  # The base alone, without a copy.
+  off = _Run(_config(tmp_path, model, **start | {"reference.path": model}))
+  assert off.state.reference is None
+  assert abs(off.losses[0] - LN2) > 1e-3
+  # Of another rank and another alpha, beside new adapters of the policy.
+  other = {"reference.path": str(sft), "lora.rank": 2, "lora.alpha": 7.0}
+  new = _Run(_config(tmp_path, model, **other))
+  assert new.history[0]["rewards/margins"] == pytest.approx(
+    -off.history[0]["rewards/margins"], rel=1e-3
+  )
+
+
+def test_a_run_of_adapters_is_a_model(tmp_path, model, sft):
+  """As its base merged it starts another run, and is a whole reference."""
+  merged = {"model.path": str(sft)}
+  run = _Run(_config(tmp_path, "", **merged), num_steps=1)
+  assert run.losses[0] == pytest.approx(LN2, abs=1e-6)
+  against = merged | {"reference.path": model, "lora.rank": 0}
+  full = _Run(_config(tmp_path, "", **against), num_steps=1)
+  start = {"lora.path": str(sft), "reference.path": model}
+  adapted = _Run(_config(tmp_path, model, **start), num_steps=1)
+  assert full.losses[0] == pytest.approx(adapted.losses[0], abs=1e-5)
+
+
+def test_a_run_goes_on_bit_for_bit(tmp_path, model, sft):
+  train = lambda name, steps: trainer.train(
+    _config(tmp_path, model, **{"lora.path": str(sft), "steps": steps}),
+    str(tmp_path / name),
+  )
+  train("whole", 4)
+  train("parted", 2)
+  train("parted", 4)
+  timings = {"pairs_per_second", "tokens_per_second", "data_wait_seconds"}
+  lines = [
+    [
+      {k: v for k, v in json.loads(line).items() if k not in timings}
+      for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+    ]
+    for name in ("whole", "parted")
+  ]
+  assert len(lines[0]) == 4 and lines[0] == lines[1]
+
+
+@pytest.mark.parametrize(
+  "settings, message",
+  [
+    ({"lora.rank": -2}, "lora.rank=-2: at least 1"),
+    ({"lora.targets": "c_attn"}, "lora.targets='c_attn' matches no projection"),
+    (
+      {"lora.rank": 0, "lora.alpha": 8.0},
+      "lora.alpha=8.0: only with lora.rank",
+    ),
+    ({"reference.mode": "ema"}, "reference.mode='ema' with lora.rank=4"),
+    ({"reference.mode": "sync"}, "reference.mode='sync' with lora.rank=4"),
+    ({"reference.dtype": "bfloat16"}, "shares the policy's base, which is f"),
+    ({"model.path": "", "model.preset": "tiny"}, "adapters need model.path"),
+    ({"lora.path": "MODEL"}, "is a whole model, not an adapter"),
+    ({"lora.path": "SFT", "lora.rank": 8}, "has rank 4, alpha 8 and targets"),
+    ({"lora.base_dtype": "int8"}, "'int8'; known: float32, bfloat16"),
+  ],
+)
+def test_what_cannot_be_is_refused(tmp_path, model, sft, settings, message):
+  paths = {"MODEL": model, "SFT": str(sft)}
+  settings = {k: paths.get(v, v) for k, v in settings.items()}
+  with pytest.raises(ValueError) as error:
+    experiment_lib.build(_config(tmp_path, model, **settings))
+  assert message in str(error.value)
+  assert "\n" not in str(error.value)
+
+
+def _margin(tmp_path, path, reference):
+  """Returns the mean margin of a model, merged, against another."""
+  settings = {"lora.rank": 0, "reference.path": reference}
+  run = _Run(_config(tmp_path, path, **settings), num_steps=1)
+  return run.history[0]["rewards/margins"]
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_an_exported_run_is_a_model(tmp_path, model, sft, adapter):
+  target = str(tmp_path / "exported")
+  trainer.export(str(sft), target, adapter=adapter)
+  expected = _margin(tmp_path, str(sft), model)
+  assert abs(expected) > 1e-3
+  assert _margin(tmp_path, target, model) == pytest.approx(expected, rel=1e-4)
+  assert (source.open_adapter(target) is not None) == adapter
+  if not adapter:
+    with pytest.raises(ValueError, match="is a whole model"):
+      trainer.export(target, str(tmp_path / "again"), adapter=True)
+    return
+  # Adapters that were read go on where those of the run would.
+  runs = [
+    _Run(_config(tmp_path, model, **{"lora.path": path}))
+    for path in (target, str(sft))
+  ]
+  np.testing.assert_array_equal(*(run.losses for run in runs))
