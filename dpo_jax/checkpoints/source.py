@@ -93,9 +93,10 @@ def open_adapter(path: str, *, step: int | None = None) -> AdapterSource | None:
     folder = huggingface.resolve(path)
     if not huggingface_adapters.is_adapter(folder):
       return None
+    values = huggingface_adapters.read_config(folder)
     return AdapterSource(
       folder=folder,
-      base=huggingface_adapters.read_config(folder)["base_model_name_or_path"],
+      base=values.get("base_model_name_or_path") or "",
       lora=functools.partial(huggingface_adapters.read_lora, folder),
       load=functools.partial(huggingface_adapters.load, folder),
     )

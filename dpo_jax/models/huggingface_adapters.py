@@ -27,15 +27,13 @@ from dpo_jax.types import Params
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-# What a config must say, if it says anything, for B A to be all there is.
-PLAIN: dict[str, tuple[Any, ...]] = {
-  "peft_type": ("LORA",),
-  "bias": ("none",),
-  "use_dora": (False,),
-  "modules_to_save": (None, []),
-  "layer_replication": (None, []),
-  "lora_bias": (False,),
-}
+# What a config must say, if it says anything, for B A to be all there is; and
+# the keys that must be off, as those of variants of LoRA must be.
+PLAIN = {"peft_type": "LORA", "bias": "none"}
+OFF = r"""
+  use_(?!rslora).*|.*_config|modules_to_save|layer_replication|lora_bias
+  |trainable_token_indices|target_parameters|alora_invocation_tokens
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,11 +64,13 @@ def read_config(folder: str) -> dict[str, Any]:
       values = json.load(file)
     except ValueError as error:
       raise ValueError(f"{path} is not JSON: {error}") from error
-  for name, allowed in PLAIN.items():
-    if values.get(name, allowed[0]) not in allowed:
+  for name, value in values.items():
+    if value != PLAIN.get(name, value):
       raise ValueError(
-        f"{path}: {name}={values[name]!r}: only {allowed[0]!r} can be read"
+        f"{path}: {name}={value!r}: only {PLAIN[name]!r} can be read"
       )
+    if value and re.fullmatch(OFF, name, re.VERBOSE):
+      raise ValueError(f"{path}: {name}={value!r}: cannot be read")
   return values
 
 

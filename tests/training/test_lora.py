@@ -189,6 +189,15 @@ class _Run:
     return [line["loss"] for line in self.history]
 
 
+def _start(config):
+  """Returns the first state, and what an evaluation says of it."""
+  config.data.eval_path = "pairs:20"
+  experiment = experiment_lib.build(config)
+  with jax.set_mesh(experiment.mesh):
+    experiment, now = trainer.init_state(experiment)
+    return now, trainer.make_eval_fn(experiment)(now)
+
+
 def _bytes(tree):
   return sum(x.nbytes for x in jax.tree.leaves(tree))
 
@@ -200,12 +209,12 @@ def test_one_copy_of_the_base_serves_policy_and_reference(tmp_path, model):
   jax.tree.map(np.testing.assert_array_equal, run.state.base, run.base)
   trained = _bytes(run.state.params) + _bytes(run.state.opt_state)
   # The rest is the batch.
-  assert run.argument_bytes < _bytes(run.base) + trained + 60_000
-  assert _bytes(run.base) > 300_000
+  assert run.argument_bytes < 1.5 * _bytes(run.base) + trained
   shapes = jax.tree.map(np.shape, run.state.opt_state[1][0].mu)
   assert shapes == jax.tree.map(np.shape, run.state.params)
 
 
+@pytest.mark.slow
 def test_a_base_in_bfloat16_has_adapters_in_float32(tmp_path, model):
   half = _Run(_config(tmp_path, model, **{"lora.base_dtype": "bfloat16"}))
   whole = _Run(_config(tmp_path, model))
@@ -217,6 +226,7 @@ def test_a_base_in_bfloat16_has_adapters_in_float32(tmp_path, model):
   np.testing.assert_allclose(half.losses, whole.losses, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_cached_has_the_losses_of_live_and_none_needs_no_reference(
   tmp_path, model
 ):
@@ -251,52 +261,67 @@ def test_a_run_of_adapters_keeps_no_base(sft):
 
 def test_an_adapter_can_be_the_reference(tmp_path, model, sft):
   start = {"lora.path": str(sft)}
-  # Where the policy starts from, by default; one more adapter in memory.
-  run = _Run(_config(tmp_path, model, **start))
-  _assert_leaves_ln2(run.history)
-  assert run.reference.keys() == {"lora"}
-  assert np.any(run.reference["lora"]["blocks"]["mlp"]["up"]["last"])
+  # By default what the policy starts from: one more adapter in memory.
+  now, own = _start(_config(tmp_path, model, **start))
+  assert own["loss"] == pytest.approx(LN2, abs=1e-6)
+  assert own["rewards/margins"] == 0
+  assert now.reference.keys() == {"lora"}
+  assert np.any(now.reference["lora"]["blocks"]["mlp"]["up"]["last"])
   # The base alone, without a copy.
-  off = _Run(_config(tmp_path, model, **start | {"reference.path": model}))
-  assert off.state.reference is None
-  assert abs(off.losses[0] - LN2) > 1e-3
+  settings = start | {"reference.path": model}
+  now, off = _start(_config(tmp_path, model, **settings))
+  assert now.reference is None
+  assert abs(off["loss"] - LN2) > 1e-3
   # Of another rank and another alpha, beside new adapters of the policy.
   other = {"reference.path": str(sft), "lora.rank": 2, "lora.alpha": 7.0}
-  new = _Run(_config(tmp_path, model, **other))
-  assert new.history[0]["rewards/margins"] == pytest.approx(
-    -off.history[0]["rewards/margins"], rel=1e-3
+  _, new = _start(_config(tmp_path, model, **other))
+  margin = off["rewards/margins"]
+  assert new["rewards/margins"] == pytest.approx(-margin, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_an_adapter_as_reference_stays(tmp_path, model, sft):
+  run = _Run(_config(tmp_path, model, **{"lora.path": str(sft)}))
+  _assert_leaves_ln2(run.history)
+  jax.tree.map(
+    np.testing.assert_array_equal, run.state.reference, run.reference
   )
 
 
 def test_a_run_of_adapters_is_a_model(tmp_path, model, sft):
   """As its base merged it starts another run, and is a whole reference."""
   merged = {"model.path": str(sft)}
-  run = _Run(_config(tmp_path, "", **merged), num_steps=1)
-  assert run.losses[0] == pytest.approx(LN2, abs=1e-6)
+  now, line = _start(_config(tmp_path, "", **merged))
+  assert line["loss"] == pytest.approx(LN2, abs=1e-6)
+  assert now.reference is None
   against = merged | {"reference.path": model, "lora.rank": 0}
-  full = _Run(_config(tmp_path, "", **against), num_steps=1)
+  _, full = _start(_config(tmp_path, "", **against))
   start = {"lora.path": str(sft), "reference.path": model}
-  adapted = _Run(_config(tmp_path, model, **start), num_steps=1)
-  assert full.losses[0] == pytest.approx(adapted.losses[0], abs=1e-5)
+  _, adapted = _start(_config(tmp_path, model, **start))
+  assert full["loss"] == pytest.approx(adapted["loss"], abs=1e-5)
+  # A whole model is a reference too, in a copy of its own.
+  other = {"reference.path": str(tmp_path / "other")}
+  trainer.export(str(sft), other["reference.path"])
+  now, line = _start(_config(tmp_path, model, **other))
+  assert "embedding" in now.reference
+  margin = adapted["rewards/margins"]
+  assert line["rewards/margins"] == pytest.approx(-margin, rel=1e-3)
 
 
 def test_a_run_goes_on_bit_for_bit(tmp_path, model, sft):
-  train = lambda name, steps: trainer.train(
-    _config(tmp_path, model, **{"lora.path": str(sft), "steps": steps}),
-    str(tmp_path / name),
-  )
-  train("whole", 4)
-  train("parted", 2)
-  train("parted", 4)
+  for num_steps in (1, 3):
+    trainer.train(
+      _config(tmp_path, model, steps=num_steps), str(tmp_path / "parted")
+    )
   timings = {"pairs_per_second", "tokens_per_second", "data_wait_seconds"}
-  lines = [
+  whole, parted = (
     [
       {k: v for k, v in json.loads(line).items() if k not in timings}
-      for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+      for line in (folder / "metrics.jsonl").read_text().splitlines()
     ]
-    for name in ("whole", "parted")
-  ]
-  assert len(lines[0]) == 4 and lines[0] == lines[1]
+    for folder in (sft, tmp_path / "parted")
+  )
+  assert len(whole) == 3 and whole == parted
 
 
 @pytest.mark.parametrize(
@@ -326,28 +351,24 @@ def test_what_cannot_be_is_refused(tmp_path, model, sft, settings, message):
   assert "\n" not in str(error.value)
 
 
-def _margin(tmp_path, path, reference):
-  """Returns the mean margin of a model, merged, against another."""
-  settings = {"lora.rank": 0, "reference.path": reference}
-  run = _Run(_config(tmp_path, path, **settings), num_steps=1)
-  return run.history[0]["rewards/margins"]
-
-
 @pytest.mark.parametrize("adapter", [False, True])
 def test_an_exported_run_is_a_model(tmp_path, model, sft, adapter):
   target = str(tmp_path / "exported")
   trainer.export(str(sft), target, adapter=adapter)
-  expected = _margin(tmp_path, str(sft), model)
-  assert abs(expected) > 1e-3
-  assert _margin(tmp_path, target, model) == pytest.approx(expected, rel=1e-4)
   assert (source.open_adapter(target) is not None) == adapter
+  # The policy is what was exported; the reference is the run itself.
+  settings = {"lora.rank": 0, "reference.path": str(sft)}
+  now, line = _start(_config(tmp_path, target, **settings))
+  assert line["loss"] == pytest.approx(LN2, abs=1e-5)
+  assert np.any(now.params["blocks"]["mlp"]["up"]["kernel"])
   if not adapter:
     with pytest.raises(ValueError, match="is a whole model"):
       trainer.export(target, str(tmp_path / "again"), adapter=True)
     return
   # Adapters that were read go on where those of the run would.
-  runs = [
-    _Run(_config(tmp_path, model, **{"lora.path": path}))
-    for path in (target, str(sft))
-  ]
-  np.testing.assert_array_equal(*(run.losses for run in runs))
+  load = lambda path: jax.device_get(
+    experiment_lib.build(
+      _config(tmp_path, model, **{"lora.path": path})
+    ).load_policy()
+  )
+  jax.tree.map(np.testing.assert_array_equal, load(target), load(str(sft)))
