@@ -108,7 +108,7 @@ def test_logits_are_those_of_peft(case, folder):
   np.testing.assert_allclose(got, expected, atol=2e-4, err_msg=STALE)
 
 
-@pytest.mark.parametrize("case", CASES)
+@_by_default
 @pytest.mark.parametrize("targets", [".*", "query|value|down|up"])
 def test_what_is_written_is_read(case, folder, targets):
   config, base, _ = _read(folder / "base", folder / "adapter")
