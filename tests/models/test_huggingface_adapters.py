@@ -74,6 +74,15 @@ def _read(base, adapter):
   return config, params, adapters
 
 
+def _random(config):
+  """Returns adapters of which no two factors are alike."""
+  rng = np.random.default_rng(0)
+  return jax.tree.map(
+    lambda x: 0.3 * rng.normal(size=x.shape).astype(np.float32),
+    lora.shapes(config),
+  )
+
+
 def _logits(config, params):
   tokens = jnp.asarray(make_families.sequences(), jnp.int32)
   index = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
@@ -113,10 +122,7 @@ def test_logits_are_those_of_peft(case, folder):
 def test_what_is_written_is_read(case, folder, targets):
   config, base, _ = _read(folder / "base", folder / "adapter")
   config = lora.with_lora(config, Lora(2, 3.0, targets))
-  adapters = jax.tree.map(
-    lambda x: jax.random.normal(jax.random.key(x.size), x.shape),
-    lora.shapes(config),
-  )
+  adapters = _random(config)
   written = folder / "written"
   huggingface_adapters.save(
     str(written), config, adapters, base=str(folder / "base")
@@ -138,10 +144,7 @@ def test_what_is_written_is_read(case, folder, targets):
 def test_peft_loads_what_is_written(case, folder):
   config, base, _ = _read(folder / "base", folder / "adapter")
   config = lora.with_lora(config, Lora(2, 3.0, "query|value|down|up"))
-  adapters = jax.tree.map(
-    lambda x: 0.3 * jax.random.normal(jax.random.key(x.size), x.shape),
-    lora.shapes(config),
-  )
+  adapters = _random(config)
   written, merged = str(folder / "written"), str(folder / "merged")
   huggingface_adapters.save(
     written, config, adapters, base=str(folder / "base")
