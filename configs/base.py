@@ -54,7 +54,9 @@ def get_config() -> config_dict.ConfigDict:
   # empty: all of them.
   config.lora.targets = ""
   config.lora.path = ""  # run folder or PEFT folder of those to start from
-  config.lora.base_dtype = "auto"  # of the frozen weights; auto: as model.dtype
+  # Of the frozen weights: float32, bfloat16, or int8 kernels of projections
+  # (needs the package qwix and model.remat); auto: as model.dtype.
+  config.lora.base_dtype = "auto"
 
   config.loss = config_dict.ConfigDict()
   # A name of configs/losses.py, or a weighted sum: dpo:0.8,bco_pair:0.2,sft:1

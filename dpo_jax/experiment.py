@@ -94,7 +94,7 @@ def build(config: ConfigDict) -> Experiment:
   if policy.lora:
     shardings = lora.layouts(mesh, policy)
     load_base, load_policy = (
-      load_policy,
+      _make_load_base(config, policy, load_policy, mesh),
       _make_load_adapters(config, policy, shardings),
     )
   models = [model for model in (policy, reference.model) if model]
@@ -271,9 +271,24 @@ def _add_lora(config, policy):
     options.rank, alpha, options.targets or ".*", config.model.param_dtype
   )
   dtype = options.base_dtype
-  dtype = policy.dtype if dtype == "auto" else dtype
+  if dtype == "int8":
+    lora.import_qwix()
+    if policy.remat == "none":
+      raise ValueError(
+        "lora.base_dtype='int8' with model.remat='none': the backward pass"
+        " would keep every kernel as it was brought back; known: dots, full"
+      )
+  # int8 is of projections; the rest is computed with.
+  dtype = policy.dtype if dtype in ("auto", "int8") else dtype
   policy = dataclasses.replace(policy, param_dtype=dtype)
   return lora.with_lora(policy, wanted)
+
+
+def _make_load_base(config, policy, load, mesh):
+  """Returns a function that returns the frozen weights, in int8 if wanted."""
+  if config.lora.base_dtype != "int8":
+    return load
+  return lambda: lora.quantize(mesh, policy, load())
 
 
 def _make_load_adapters(config, policy, layouts):

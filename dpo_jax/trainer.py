@@ -146,9 +146,12 @@ def describe(experiment: Experiment) -> Iterator[str]:
   if scorer.policy.lora:
     adapters = jax.tree.leaves(lora.shapes(scorer.policy))
     count = sum(math.prod(x.shape) for x in adapters)
+    base_dtype = experiment.settings["lora"]["base_dtype"]
+    if base_dtype == "auto":
+      base_dtype = scorer.policy.param_dtype
     yield (
       f"lora: rank {scorer.policy.lora.rank}, {count / 1e6:.2f} M parameters"
-      f" are trained; base {scorer.policy.param_dtype}"
+      f" are trained; base {base_dtype}"
     )
   yield (
     f"mesh: {mesh}; rows: {batches.row_length} tokens,"

@@ -154,9 +154,22 @@ class Projection(nn.DenseGeneral):
   y = x W + s (x B) A, with B the variable `first` and A the variable `last`
   (Hu et al. 2021, arXiv 2106.09685, equation 3; they, and PEFT, write the
   product W x + s B A x and so call the factor next to the input A).
+
+  W may be the int8 kernel of `lora.quantize`: a layer's is brought back when
+  it is used.
   """
 
   lora_scale: float = 0.0
+
+  @nn.nowrap
+  def param(self, *args: Any, **kwargs: Any) -> jax.Array:
+    """Returns a parameter, an int8 one in the dtype of its scales."""
+    value = super().param(*args, **kwargs)
+    if isinstance(value, Array):
+      return value
+    import qwix  # Needed for such a kernel alone.
+
+    return qwix.dequantize(value)
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ for a policy, left out for a reference that is its base.
 """
 
 import dataclasses
+import importlib
 import math
 import re
 import zlib
@@ -148,6 +149,49 @@ def merge(config: ModelConfig, base: Params, adapters: Params) -> Params:
       kernel = add(leaves["kernel"], factors)
       merged["blocks"][part][name] = leaves | {"kernel": kernel}
   return merged
+
+
+def quantize(mesh: Any, config: ModelConfig, base: Params) -> Params:
+  """Returns the base with the kernels of projections in int8.
+
+  Each has a float32 scale for every output of every layer (the largest weight
+  is 127). The kernels that are replaced are deleted.
+
+  Raises:
+    ValueError: the package `qwix` is not installed.
+  """
+  qwix = import_qwix()
+  result = dict(base, blocks=dict(base["blocks"]))
+  for (part, name), like in _kernels(config).items():
+    into, _ = _sides(name, like.shape[1:])
+    channels = (0, *range(1 + len(into), len(like.shape)))
+
+    def to_int8(x, channels=channels):
+      x = x.astype(jnp.float32)
+      return qwix.quantize(x, jnp.int8, channelwise_axes=channels)
+
+    axes = (None, *transformer.AXES[name, "kernel"])
+    stored = jax.eval_shape(to_int8, like)
+    placed = sharding.array_shardings(
+      mesh, jax.tree.map(lambda _, axes=axes: axes, stored), stored
+    )
+    leaves = base["blocks"][part][name]
+    kernel = jax.jit(to_int8, out_shardings=placed)(leaves["kernel"])
+    jax.block_until_ready(kernel)
+    leaves["kernel"].delete()
+    result["blocks"][part] = dict(result["blocks"][part])
+    result["blocks"][part][name] = leaves | {"kernel": kernel}
+  return result
+
+
+def import_qwix() -> Any:
+  """Returns the package; raises ValueError where it is not installed."""
+  try:
+    return importlib.import_module("qwix")
+  except ImportError as error:
+    raise ValueError(
+      "lora.base_dtype='int8' needs the package qwix: pip install qwix"
+    ) from error
 
 
 def _kernels(config: ModelConfig) -> dict[tuple[str, str], Any]:

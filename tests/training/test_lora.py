@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import sys
 
 import jax
 import numpy as np
@@ -41,7 +42,7 @@ def _pairs():
 
 
 @functools.cache
-def _steps_on(family, mesh, order=None, loss="dpo", num_steps=3):
+def _steps_on(family, mesh, order=None, num_steps=3, int8=False, **changes):
   """Returns the metrics of each step on a mesh of devices in an order."""
   devices = np.array(jax.devices()[: int(np.prod(mesh))])
   if order is not None:
@@ -49,10 +50,10 @@ def _steps_on(family, mesh, order=None, loss="dpo", num_steps=3):
   axes = dict(zip(sharding.MESH_AXES, mesh))
   mesh = MAKE_MESH(**axes, devices=list(devices))
   config = lora.with_lora(
-    model_config.of_family(family, vocab_size=64, **SIZES),
+    model_config.of_family(family, vocab_size=64, **SIZES, **changes),
     model_config.Lora(4, 8.0, ".*"),
   )
-  objective = objectives.make_objective(loss, {"beta": 0.5})
+  objective = objectives.make_objective("dpo", {"beta": 0.5})
   plain = dataclasses.replace(config, lora=None)
   scorer = steps.Scorer(config, plain, objective, chunk_length=16)
   rate = lambda step: 1e-2 + 0 * step
@@ -68,6 +69,8 @@ def _steps_on(family, mesh, order=None, loss="dpo", num_steps=3):
     base = jax.jit(
       lambda: transformer.init_params(config, rng), out_shardings=layouts
     )()
+    if int8:
+      base = lora.quantize(mesh, config, base)
     now = state.init_state(
       lambda: lora.init(config, rng),
       optimizer,
@@ -95,6 +98,14 @@ def _assert_leaves_ln2(history):
   assert abs(losses[2] - LN2) > 1e-3
 
 
+def _assert_same(history, expected):
+  for ours, theirs in zip(history, expected, strict=True):
+    for key in ours:
+      np.testing.assert_allclose(
+        ours[key], theirs[key], rtol=2e-3, atol=1e-4, err_msg=key
+      )
+
+
 @pytest.mark.parametrize(
   "family, mesh, order",
   [
@@ -111,18 +122,25 @@ def test_no_mesh_changes_a_number_or_stays_at_ln2(family, mesh, order):
   one = _steps_on(family, (1, 1, 1))
   many = _steps_on(family, mesh, order)
   _assert_leaves_ln2(many)
-  for ours, theirs in zip(many, one, strict=True):
-    for key in ours:
-      np.testing.assert_allclose(
-        ours[key], theirs[key], rtol=2e-3, atol=1e-4, err_msg=key
-      )
+  _assert_same(many, one)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", ["aot", "kto"])
-def test_losses_across_the_batch_leave_their_start(loss):
-  first, _, last = _steps_on("llama", (1, 1, 1), loss=loss)
-  assert abs(last["loss"] - first["loss"]) > 1e-3
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_no_mesh_changes_a_number_over_int8(family):
+  pytest.importorskip("qwix")
+  settings = {"int8": True, "remat": "full"}
+  many = _steps_on(family, (2, 2, 2), 6, **settings)
+  _assert_leaves_ln2(many)
+  _assert_same(many, _steps_on(family, (1, 1, 1), **settings))
+
+
+@pytest.mark.slow
+def test_experts_stay_whole_beside_adapters_of_attention():
+  settings = {"num_experts": 4, "experts_per_token": 2}
+  many = _steps_on("mixtral", (1, 2, 1, 4), 7, **settings)
+  _assert_leaves_ln2(many)
+  _assert_same(many, _steps_on("mixtral", (1, 1, 1, 1), **settings))
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +240,41 @@ def test_a_base_in_bfloat16_has_adapters_in_float32(tmp_path, model):
   }
   _assert_leaves_ln2(half.history)
   np.testing.assert_allclose(half.losses, whole.losses, atol=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["aot", "kto"])
+def test_losses_across_the_batch_train_adapters(tmp_path, model, loss):
+  run = _Run(_config(tmp_path, model, loss))
+  assert run.history[0]["grad_norm"] > 1e-3
+  assert abs(run.losses[2] - run.losses[0]) > 1e-3
+
+
+@pytest.mark.slow
+def test_a_base_in_int8_trains(tmp_path, model):
+  pytest.importorskip("qwix")
+  small = {"lora.base_dtype": "int8", "model.remat": "full"}
+  run = _Run(_config(tmp_path, model, **small))
+  whole = _Run(_config(tmp_path, model, **{"model.remat": "full"}))
+  _assert_leaves_ln2(run.history)
+  jax.tree.map(np.testing.assert_array_equal, run.state.base, run.base)
+  kernels = lambda run: [
+    x.nbytes
+    for path, x in jax.tree_util.tree_leaves_with_path(run.state.base)
+    if "kernel" in jax.tree_util.keystr(path)
+  ]
+  assert sum(kernels(run)) < 0.4 * sum(kernels(whole))
+  saved = sum(kernels(whole)) - sum(kernels(run))
+  assert whole.argument_bytes - run.argument_bytes == saved
+  np.testing.assert_allclose(run.losses, whole.losses, atol=2e-2)
+  for name, loose in (("logps/chosen", 1e-2), ("grad_norm", 0.1)):
+    ours, theirs = (x.history[0][name] for x in (run, whole))
+    assert ours == pytest.approx(theirs, rel=loose) and ours != theirs
+  cached = _config(tmp_path, model, **small | {"reference.mode": "cached"})
+  np.testing.assert_allclose(_Run(cached).losses, run.losses, atol=1e-4)
+  plain = _config(tmp_path, model, **{"lora.base_dtype": "int8"})
+  with pytest.raises(ValueError, match="with model.remat='none'"):
+    experiment_lib.build(plain)
 
 
 @pytest.mark.slow
@@ -345,7 +398,7 @@ def test_a_run_goes_on_bit_for_bit(tmp_path, model, sft):
     ({"model.path": "", "model.preset": "tiny"}, "adapters need model.path"),
     ({"lora.path": "MODEL"}, "is a whole model, not an adapter"),
     ({"lora.path": "SFT", "lora.rank": 8}, "has rank 4, alpha 8 and targets"),
-    ({"lora.base_dtype": "int8"}, "'int8'; known: float32, bfloat16"),
+    ({"lora.base_dtype": "int4"}, "'int4'; known: float32, bfloat16"),
   ],
 )
 def test_what_cannot_be_is_refused(tmp_path, model, sft, settings, message):
@@ -355,6 +408,14 @@ def test_what_cannot_be_is_refused(tmp_path, model, sft, settings, message):
     experiment_lib.build(_config(tmp_path, model, **settings))
   assert message in str(error.value)
   assert "\n" not in str(error.value)
+
+
+def test_int8_without_its_package_is_refused(tmp_path, model, monkeypatch):
+  monkeypatch.setitem(sys.modules, "qwix", None)
+  with pytest.raises(ValueError, match="needs the package qwix: pip install"):
+    experiment_lib.build(
+      _config(tmp_path, model, **{"lora.base_dtype": "int8"})
+    )
 
 
 @pytest.mark.parametrize("adapter", [False, True])
