@@ -255,8 +255,9 @@ def _add_lora(config, policy):
   """Returns the decoder with the adapters that are to be trained, if any."""
   options = config.lora
   if not options.rank:
-    for key in ("alpha", "targets", "path"):
-      if options[key]:
+    off = {"alpha": None, "targets": "", "path": "", "base_dtype": "auto"}
+    for key, default in off.items():
+      if options[key] != default:
         raise ValueError(
           f"lora.{key}={options[key]!r}: only with lora.rank above 0"
         )
