@@ -247,7 +247,7 @@ def test_a_base_in_bfloat16_has_adapters_in_float32(tmp_path, model):
 def test_losses_across_the_batch_train_adapters(tmp_path, model, loss):
   run = _Run(_config(tmp_path, model, loss))
   assert run.history[0]["grad_norm"] > 1e-3
-  assert abs(run.losses[2] - run.losses[0]) > 1e-3
+  assert abs(run.losses[2] - run.losses[0]) > 1e-4  # rounding: 1e-6
 
 
 @pytest.mark.slow
