@@ -78,7 +78,7 @@ def _random(config):
   """Returns adapters of which no two factors are alike."""
   rng = np.random.default_rng(0)
   return jax.tree.map(
-    lambda x: 0.3 * rng.normal(size=x.shape).astype(np.float32),
+    lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), jnp.float32),
     lora.shapes(config),
   )
 
