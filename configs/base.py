@@ -85,11 +85,12 @@ def get_config() -> config_dict.ConfigDict:
 
   config.reference = config_dict.ConfigDict()
   # live: frozen, in the same program; cached: its log-probabilities, computed
-  # once and kept in `data.cache_dir`; ema, sync: as live, and it moves to the
-  # policy as in TR-DPO; none. A loss without a reference never traces one.
+  # once and kept in `data.cache_dir`; adapter_off: the base alone, only with
+  # lora.rank above 0; ema, sync: as live, and it moves to the policy as in
+  # TR-DPO; none. A loss without a reference never traces one.
   config.reference.mode = "live"
-  # Empty: the policy as it starts. With adapters, that or a path of others of
-  # the same base holds no second copy of it; `model.path` is the base alone.
+  # Empty: the policy as it starts (from lora.path, if given). With adapters,
+  # that or a path of others of the same base holds no second copy of it.
   config.reference.path = ""
   config.reference.dtype = "auto"  # auto: as model.dtype
   # ema: the policy's share in the new reference, in (0, 1]; None: 0.6

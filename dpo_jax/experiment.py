@@ -323,6 +323,8 @@ def _open_adapter(path, policy):
 def _make_shared_reference(config, policy, mesh):
   """Returns a reference over the policy's base and its loader, or None."""
   path = config.reference.path or config.lora.path or config.model.path
+  if config.reference.mode == "adapter_off":
+    path = config.model.path
   model, load = dataclasses.replace(policy, lora=None), lambda params: None
   if not source.is_same(path, config.model.path):
     adapter = source.open_adapter(path)
@@ -347,6 +349,17 @@ def _make_reference(config, objective, policy, shardings, mesh):
   """Returns what the reference is, and how its weights come."""
   options = config.reference
   reference_lib.check_mode(options.mode, objective)
+  is_off = options.mode == "adapter_off"
+  if is_off and not policy.lora:
+    raise ValueError(
+      "reference.mode='adapter_off': there are no adapters to leave out; give"
+      " lora.rank above 0"
+    )
+  if is_off and options.path:
+    raise ValueError(
+      f"reference.path={options.path!r}: reference.mode='adapter_off' is the"
+      " base alone"
+    )
   make = functools.partial(
     reference_lib.make_reference, alpha=options.alpha, every=options.every
   )
@@ -361,7 +374,8 @@ def _make_reference(config, objective, policy, shardings, mesh):
     if options.mode in reference_lib.MOVING_MODES:
       raise ValueError(
         f"reference.mode={options.mode!r} with lora.rank={policy.lora.rank}: a"
-        " reference of adapters does not move; known: live, cached, none"
+        " reference of adapters does not move; known: live, cached, adapter_off,"
+        " none"
       )
     shared = _make_shared_reference(config, policy, mesh)
     if shared:

@@ -84,8 +84,10 @@ def make_settings(path: str, *, dtype: str = "auto", **given: Any) -> Settings:
 
 def _reference_of(config):
   """Returns the path of a run's reference; empty where it has none."""
-  started_from = config.get("lora", {}).get("path") or config["model"]["path"]
-  return config["reference"]["path"] or started_from
+  base, reference = config["model"]["path"], config["reference"]
+  if reference["mode"] == "adapter_off":
+    return base
+  return reference["path"] or config.get("lora", {}).get("path") or base
 
 
 def evaluate(

@@ -5,6 +5,8 @@ cached  a file, written once and read by every run that needs the same ones:
         the step holds no reference and computes none. Rows are packed in
         another order there, so values differ by rounding; where policy equals
         reference, margins are 1e-5 nats instead of 0 and accuracy is chance
+adapter_off
+        the policy's base with the adapters left out: no second copy of it
 ema     as live, and every few updates it moves part of the way to the policy
 sync    as live, and every few updates it becomes the policy
 none    nowhere: the loss has no reference
@@ -34,7 +36,7 @@ from dpo_jax.losses import objectives
 from dpo_jax.models import config as model_config
 from dpo_jax.types import Array, Params
 
-MODES = ("live", "cached", "ema", "sync", "none")
+MODES = ("live", "cached", "adapter_off", "ema", "sync", "none")
 MOVING_MODES = ("ema", "sync")
 ALPHA, EVERY = 0.6, 512  # TR-DPO's soft weight and its hard interval
 # To be raised with any change of what is in a cache of log-probabilities.

@@ -12,8 +12,9 @@ import pytest
 from configs import quickstart
 from dpo_jax import experiment as experiment_lib
 from dpo_jax import sharding, trainer
-from dpo_jax.checkpoints import manager, source
+from dpo_jax.checkpoints import manager, run_folder, source
 from dpo_jax.data import dataset, loader, synthetic
+from dpo_jax.evaluation import held_out
 from dpo_jax.losses import objectives
 from dpo_jax.models import config as model_config
 from dpo_jax.models import huggingface, lora, transformer
@@ -29,6 +30,7 @@ SIZES = {
 }
 MESHES = ((1, 8, 1), (2, 2, 2), (4, 1, 2), (8, 1, 1), (1, 1, 8), (1, 2, 4))
 LN2 = float(np.log(2))
+OFF = {"reference.mode": "adapter_off"}
 
 _slow = lambda *value: pytest.param(*value, marks=pytest.mark.slow)
 
@@ -219,8 +221,9 @@ def _bytes(tree):
 
 
 def test_one_copy_of_the_base_serves_policy_and_reference(tmp_path, model):
-  run = _Run(_config(tmp_path, model))
+  run = _Run(_config(tmp_path, model, **OFF))
   _assert_leaves_ln2(run.history)
+  assert run.losses[0] == np.float32(LN2)
   assert run.state.reference is None
   jax.tree.map(np.testing.assert_array_equal, run.state.base, run.base)
   trained = _bytes(run.state.params) + _bytes(run.state.opt_state)
@@ -337,6 +340,25 @@ def test_an_adapter_can_be_the_reference(tmp_path, model, sft, sft_margin):
   assert new["rewards/margins"] == pytest.approx(-sft_margin, rel=1e-3)
 
 
+def test_adapter_off_is_the_base_alone(tmp_path, model, sft, sft_margin):
+  start = _config(tmp_path, model, **OFF, **{"lora.path": str(sft)})
+  now, line = _start(start)
+  assert now.reference is None
+  assert abs(line["loss"] - LN2) > 1e-3
+  assert line["rewards/margins"] == sft_margin
+
+
+@pytest.mark.parametrize("mode", ["adapter_off", "live"])
+def test_an_evaluation_has_the_reference_of_the_run(tmp_path, mode):
+  config = _config(tmp_path, "base")
+  config.lora.path, config.reference.mode = "adapter", mode
+  for name in ("checkpoints", "model"):
+    (tmp_path / name).mkdir()
+  run_folder.write_config(tmp_path, experiment_lib.to_plain(config))
+  settings = held_out.make_settings(str(tmp_path))
+  assert settings.reference == {"live": "adapter"}.get(mode, "base")
+
+
 @pytest.mark.slow
 def test_an_adapter_as_reference_stays(tmp_path, model, sft):
   run = _Run(_config(tmp_path, model, **{"lora.path": str(sft)}))
@@ -395,6 +417,8 @@ def test_a_run_goes_on_bit_for_bit(tmp_path, model, sft):
     ({"reference.mode": "ema"}, "reference.mode='ema' with lora.rank=4"),
     ({"reference.mode": "sync"}, "reference.mode='sync' with lora.rank=4"),
     ({"reference.dtype": "bfloat16"}, "shares the policy's base, which is f"),
+    (OFF | {"reference.path": "SFT"}, "'adapter_off' is the base alone"),
+    (OFF | {"lora.rank": 0}, "there are no adapters to leave out; give lora.r"),
     ({"model.path": "", "model.preset": "tiny"}, "adapters need model.path"),
     ({"lora.path": "MODEL"}, "is a whole model, not an adapter"),
     ({"lora.path": "SFT", "lora.rank": 8}, "has rank 4, alpha 8 and targets"),
