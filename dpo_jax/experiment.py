@@ -14,12 +14,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dpo_jax import sharding
+from dpo_jax import adapters, sharding
 from dpo_jax.checkpoints import source
 from dpo_jax.data import dataset, loader, packing, synthetic, tokenize
 from dpo_jax.losses import objectives
 from dpo_jax.models import config as model_config
-from dpo_jax.models import lora, transformer
+from dpo_jax.models import transformer
 from dpo_jax.training import loop, optimizers, state, steps
 from dpo_jax.training import reference as reference_lib
 from dpo_jax.types import Params
@@ -80,22 +80,19 @@ def build(config: ConfigDict) -> Experiment:
   opened, policy = _policy_config(config)
   tokenizer = _load_tokenizer(config, opened)
   policy = _fit_policy(config, policy, tokenizer, from_scratch=not opened)
-  policy = _add_lora(config, policy)
-  shardings = sharding.array_shardings(
-    mesh, transformer.logical_axes(policy), transformer.param_shapes(policy)
+  lora_options = adapters.Options(
+    **config.lora, base=config.model.path, dtype=config.model.param_dtype
   )
-  load_base, load_policy = (
-    lambda: None,
-    _make_load_policy(config, opened, policy, shardings),
-  )
+  policy = adapters.add(lora_options, policy)
+  shardings = transformer.layouts(mesh, policy)
+  load_base = lambda: None
+  load_policy = _make_load_policy(config, opened, policy, shardings)
   reference, load_reference = _make_reference(
-    config, objective, policy, shardings, mesh
+    config, objective, policy, lora_options, shardings, mesh
   )
   if policy.lora:
-    shardings = lora.layouts(mesh, policy)
-    load_base, load_policy = (
-      _make_load_base(config, policy, load_policy, mesh),
-      _make_load_adapters(config, policy, shardings),
+    load_base, load_policy, shardings = adapters.make_loads(
+      lora_options, policy, load_policy, mesh, seed=config.seed
     )
   models = [model for model in (policy, reference.model) if model]
   train_loader, eval_loader = _make_loaders(
@@ -251,133 +248,26 @@ def _make_load_policy(config, opened, policy, shardings):
   )
 
 
-def _add_lora(config, policy):
-  """Returns the decoder with the adapters that are to be trained, if any."""
-  options = config.lora
-  if not options.rank:
-    off = {"alpha": None, "targets": "", "path": "", "base_dtype": "auto"}
-    for key, default in off.items():
-      if options[key] != default:
-        raise ValueError(
-          f"lora.{key}={options[key]!r}: only with lora.rank above 0"
-        )
-    return policy
-  if not config.model.path:
-    raise ValueError(
-      f"lora.rank={options.rank}: adapters need model.path; the random weights"
-      " of a model.preset are not kept"
-    )
-  alpha = 2.0 * options.rank if options.alpha is None else options.alpha
-  wanted = model_config.Lora(
-    options.rank, alpha, options.targets or ".*", config.model.param_dtype
-  )
-  dtype = options.base_dtype
-  if dtype == "int8":
-    lora.import_qwix()
-    if policy.remat == "none":
-      raise ValueError(
-        "lora.base_dtype='int8' with model.remat='none': the backward pass"
-        " would keep every kernel as it was brought back; known: dots, full"
-      )
-  # int8 is of projections; the rest is computed with.
-  dtype = policy.dtype if dtype in ("auto", "int8") else dtype
-  policy = dataclasses.replace(policy, param_dtype=dtype)
-  return lora.with_lora(policy, wanted)
-
-
-def _make_load_base(config, policy, load, mesh):
-  """Returns a function that returns the frozen weights, in int8 if wanted."""
-  if config.lora.base_dtype != "int8":
-    return load
-  return lambda: lora.quantize(mesh, policy, load())
-
-
-def _make_load_adapters(config, policy, layouts):
-  """Returns a function that returns the adapters before the first update."""
-  path = config.lora.path
-  if not path:
-    rng = jax.random.key(config.seed)
-    return jax.jit(lambda: lora.init(policy, rng), out_shardings=layouts)
-  adapted, load = _open_adapter(path, policy)
-  shapes = lambda model: jax.tree.map(lambda x: x.shape, lora.shapes(model))
-  ours, theirs = policy.lora, adapted.lora
-  if shapes(policy) != shapes(adapted) or ours.scale != theirs.scale:
-    raise ValueError(
-      f"lora.path={path!r} has rank {theirs.rank}, alpha {theirs.alpha:g} and"
-      f" targets {theirs.targets!r}; lora.rank={ours.rank},"
-      f" lora.alpha={ours.alpha:g} and lora.targets={ours.targets!r} differ"
-    )
-  return lambda: load(policy, layouts)
-
-
-def _open_adapter(path, policy):
-  """Returns the decoder with the adapters at a path, and how they load."""
-  adapter = source.open_adapter(path)
-  if adapter is None:
-    raise ValueError(f"lora.path={path!r} is a whole model, not an adapter")
-  theirs = adapter.lora(dataclasses.replace(policy, lora=None))
-  theirs = dataclasses.replace(theirs, dtype=policy.lora.dtype)
-  return lora.with_lora(policy, theirs), adapter.load
-
-
-def _make_shared_reference(config, policy, mesh):
-  """Returns a reference over the policy's base and its loader, or None."""
-  path = config.reference.path or config.lora.path or config.model.path
-  if config.reference.mode == "adapter_off":
-    path = config.model.path
-  model, load = dataclasses.replace(policy, lora=None), lambda params: None
-  if not source.is_same(path, config.model.path):
-    adapter = source.open_adapter(path)
-    # What the policy starts from is over this base, whatever it says.
-    is_own = path == config.lora.path
-    if adapter is None or not (
-      is_own or source.is_same(adapter.base, config.model.path)
-    ):
-      return None
-    model, load_adapter = _open_adapter(path, policy)
-    layouts = lora.layouts(mesh, model)
-    load = lambda params: load_adapter(model, layouts)
-  if config.reference.dtype not in ("auto", policy.param_dtype):
-    raise ValueError(
-      f"reference.dtype={config.reference.dtype!r}: the reference shares the"
-      f" policy's base, which is {policy.param_dtype} (lora.base_dtype)"
-    )
-  return model, load
-
-
-def _make_reference(config, objective, policy, shardings, mesh):
+def _make_reference(config, objective, policy, lora_options, shardings, mesh):
   """Returns what the reference is, and how its weights come."""
   options = config.reference
-  reference_lib.check_mode(options.mode, objective)
-  is_off = options.mode == "adapter_off"
-  if is_off and not policy.lora:
-    raise ValueError(
-      "reference.mode='adapter_off': there are no adapters to leave out; give"
-      " lora.rank above 0"
-    )
-  if is_off and options.path:
-    raise ValueError(
-      f"reference.path={options.path!r}: reference.mode='adapter_off' is the"
-      " base alone"
-    )
+  reference_lib.check_mode(
+    options.mode, options.path, objective, has_adapters=bool(policy.lora)
+  )
   make = functools.partial(
     reference_lib.make_reference, alpha=options.alpha, every=options.every
   )
   if not objective.needs_reference:
-    if options.path:
-      raise ValueError(
-        f"reference.path='{options.path}': loss '{config.loss.name}' has no"
-        " reference"
-      )
     return make(options.mode, None), lambda params: None
   if policy.lora:
-    if options.mode in reference_lib.MOVING_MODES:
-      raise ValueError(
-        f"reference.mode={options.mode!r} with lora.rank={policy.lora.rank}: a"
-        " reference of adapters does not move; known: live, cached, adapter_off,"
-        " none"
-      )
-    shared = _make_shared_reference(config, policy, mesh)
+    is_off = options.mode == "adapter_off"
+    shared = adapters.share_reference(
+      lora_options,
+      policy,
+      mesh,
+      path=config.model.path if is_off else options.path,
+      dtype=options.dtype,
+    )
     if shared:
       return make(options.mode, shared[0]), shared[1]
   dtype = policy.dtype if options.dtype == "auto" else options.dtype
@@ -396,9 +286,7 @@ def _make_reference(config, objective, policy, shardings, mesh):
     )
   settings = _compute_settings(config) | {"param_dtype": dtype}
   model = dataclasses.replace(opened.config, **settings)
-  layouts = sharding.array_shardings(
-    mesh, transformer.logical_axes(model), transformer.param_shapes(model)
-  )
+  layouts = transformer.layouts(mesh, model)
   reference = make(options.mode, model)
   shapes, wanted = (
     jax.tree.map(lambda x: x.shape, transformer.param_shapes(config))
@@ -460,12 +348,10 @@ def _layout(layout, models, *data):
   allowed = {packing.layout_for_window(x, layout, window) for x in lengths}
   if allowed == {layout}:
     return layout
-  if jax.process_index() == 0:
-    print(
-      f"data.layout: padded, as sequences are longer than the {window} keys"
-      " that a sliding window of the model sees",
-      flush=True,
-    )
+  _say(
+    f"data.layout: padded, as sequences are longer than the {window} keys that"
+    " a sliding window of the model sees"
+  )
   return "padded"
 
 
@@ -484,10 +370,13 @@ def _read_tokens(config, objective, tokenizer, path, split):
     is_builder=jax.process_index() == 0,
     barrier=lambda: multihost_utils.sync_global_devices("tokens cached"),
   )
-  if jax.process_index() == 0:
-    print(f"data: {options.source} {path}")
-    print(*tokenize.report_lines(tokens.report), sep="\n", flush=True)
+  _say(f"data: {options.source} {path}", *tokenize.report_lines(tokens.report))
   return tokens
+
+
+def _say(*lines):
+  if jax.process_index() == 0:
+    print(*lines, sep="\n", flush=True)
 
 
 def _cache_dir(config):

@@ -100,10 +100,7 @@ def export(
     return
   config = dataclasses.replace(opened.config, param_dtype=dtype)
   tokenizer = tokenize.load_tokenizer(opened.tokenizer)
-  shapes = transformer.param_shapes(config)
-  layouts = sharding.array_shardings(
-    sharding.make_mesh(), transformer.logical_axes(config), shapes
-  )
+  layouts = transformer.layouts(sharding.make_mesh(), config)
   huggingface.save_model(
     target,
     config,

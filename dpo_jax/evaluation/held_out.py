@@ -191,9 +191,7 @@ def _logps(opened, settings, tokens) -> np.ndarray:
     )
   mesh = sharding.make_mesh()
   num_rows = SHARD_ROWS * sharding.num_row_shards(mesh)
-  layouts = sharding.array_shardings(
-    mesh, transformer.logical_axes(model), transformer.param_shapes(model)
-  )
+  layouts = transformer.layouts(mesh, model)
   layout = packing.layout_for_window(tokens.lengths, "mirrored", model.window)
   if layout != "mirrored":
     print(

@@ -252,6 +252,13 @@ def logical_axes(config: ModelConfig) -> dict[str, Any]:
   return jax.tree_util.tree_map_with_path(axes_of, param_shapes(config))
 
 
+def layouts(mesh: Any, config: ModelConfig) -> Params:
+  """Returns the layout of each parameter on a mesh."""
+  return sharding.array_shardings(
+    mesh, logical_axes(config), param_shapes(config)
+  )
+
+
 @typed
 def hidden_states(
   config: ModelConfig,

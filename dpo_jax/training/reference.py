@@ -152,20 +152,49 @@ def make_reference(
   return Reference(mode, model, alpha, every)
 
 
-def check_mode(mode: str, objective: objectives.Objective) -> None:
-  """Raises ValueError unless a run of this loss can have this mode."""
+def check_mode(
+  mode: str,
+  path: str,
+  objective: objectives.Objective,
+  *,
+  has_adapters: bool,
+) -> None:
+  """Raises ValueError unless a run can have this mode and this path.
+
+  Args:
+    mode: `reference.mode`.
+    path: `reference.path`.
+    objective: the loss.
+    has_adapters: whether adapters are trained.
+  """
   if mode not in MODES:
     raise ValueError(
       f"unknown reference.mode {mode!r}; known: {', '.join(MODES)}"
     )
-  if mode == "none" and objective.needs_reference:
-    raise ValueError(
-      f"reference.mode='none': loss {objective.name!r} needs a reference"
-    )
-  if mode in MOVING_MODES and not objective.needs_reference:
-    raise ValueError(
-      f"reference.mode={mode!r}: loss {objective.name!r} has no reference"
-    )
+  has_reference, name = objective.needs_reference, objective.name
+  problems = {
+    f"reference.mode={mode!r}: loss {name!r} needs a reference": (
+      mode == "none" and has_reference
+    ),
+    f"reference.mode={mode!r}: loss {name!r} has no reference": (
+      mode in MOVING_MODES and not has_reference
+    ),
+    f"reference.path={path!r}: loss {name!r} has no reference": (
+      path and not has_reference
+    ),
+    f"reference.mode={mode!r}: there are no adapters to leave out; give"
+    " lora.rank above 0": mode == "adapter_off" and not has_adapters,
+    f"reference.path={path!r}: reference.mode={mode!r} is the base alone": (
+      path and mode == "adapter_off"
+    ),
+    f"reference.mode={mode!r} with lora.rank above 0: a reference of adapters"
+    " does not move; known: live, cached, adapter_off, none": (
+      mode in MOVING_MODES and has_adapters
+    ),
+  }
+  for message, is_so in problems.items():
+    if is_so:
+      raise ValueError(message)
 
 
 def cache_key(

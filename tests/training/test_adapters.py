@@ -414,8 +414,11 @@ def test_a_run_goes_on_bit_for_bit(tmp_path, model, sft):
       {"lora.rank": 0, "lora.alpha": 8.0},
       "lora.alpha=8.0: only with lora.rank",
     ),
-    ({"reference.mode": "ema"}, "reference.mode='ema' with lora.rank=4"),
-    ({"reference.mode": "sync"}, "reference.mode='sync' with lora.rank=4"),
+    ({"reference.mode": "ema"}, "reference.mode='ema' with lora.rank above 0"),
+    (
+      {"reference.mode": "sync"},
+      "reference.mode='sync' with lora.rank above 0",
+    ),
     ({"reference.dtype": "bfloat16"}, "shares the policy's base, which is f"),
     (OFF | {"reference.path": "SFT"}, "'adapter_off' is the base alone"),
     (OFF | {"lora.rank": 0}, "there are no adapters to leave out; give lora.r"),
