@@ -11,6 +11,7 @@ import pytest
 from dpo_jax import sharding
 from dpo_jax.models import config as model_config
 from dpo_jax.models import lora, transformer
+from tests import drawn
 
 SIZES = {
   "vocab_size": 64,
@@ -39,15 +40,15 @@ ALL = model_config.Lora(4, 6.0, ".*")
 @functools.cache
 def _model(family, targets=".*"):
   """Returns a config with adapters, its base, and adapters that add a lot."""
-  config = MOE if family == "mixtral" else FAMILIES[family]
-  config = lora.with_lora(config, dataclasses.replace(ALL, targets=targets))
-  keys = jax.random.split(jax.random.key(0), 3)
-  base = transformer.init_params(config, keys[0])
-  new = lora.init(config, keys[1])
-  drawn = jax.tree.map(
-    lambda x: 0.3 * jax.random.normal(keys[2], x.shape, x.dtype), new
+  wanted = dataclasses.replace(ALL, targets=targets)
+  config = lora.with_lora(FAMILIES[family], wanted)
+  shapes = lora.shapes(config)
+  trees = (
+    drawn.weights(transformer.param_shapes(config)),
+    drawn.new_adapters(shapes),
+    drawn.weights(shapes, seed=2, stddev=0.3),
   )
-  return config, base, new, drawn
+  return config, *jax.tree.map(jax.device_put, trees)
 
 
 @functools.cache
@@ -63,7 +64,7 @@ def _states(config, params):
 
 @by_family
 def test_new_adapters_leave_the_base_as_it_is(family):
-  config, base, new, drawn = _model(family)
+  config, base, new, far = _model(family)
   plain = dataclasses.replace(config, lora=None)
   expected = _states(plain, base)
   np.testing.assert_array_equal(_states(config, lora.over(base, new)), expected)
@@ -71,32 +72,32 @@ def test_new_adapters_leave_the_base_as_it_is(family):
   np.testing.assert_array_equal(
     _states(config, lora.over(base, None)), expected
   )
-  far = _states(config, lora.over(base, drawn))
-  assert np.abs(far - expected).max() > 0.1
+  states = _states(config, lora.over(base, far))
+  assert np.abs(states - expected).max() > 0.1
 
 
 @by_family
 def test_adapters_compute_what_merged_weights_compute(family):
-  config, base, _, drawn = _model(family)
-  merged = lora.merge(config, base, drawn)
+  config, base, _, far = _model(family)
+  merged = lora.merge(config, base, far)
   plain = dataclasses.replace(config, lora=None)
   np.testing.assert_allclose(
     _states(plain, merged),
-    _states(config, lora.over(base, drawn)),
+    _states(config, lora.over(base, far)),
     rtol=2e-4,
     atol=2e-4,
   )
 
 
 def test_a_kernel_is_merged_by_hand():
-  config, base, _, drawn = _model("llama")
-  merged = lora.merge(config, base, drawn)
+  config, base, _, far = _model("llama")
+  merged = lora.merge(config, base, far)
   for part, name, num_in in (
     ("attention", "key", 1),
     ("attention", "out", 2),
     ("mlp", "down", 1),
   ):
-    factors = drawn["lora"]["blocks"][part][name]
+    factors = far["lora"]["blocks"][part][name]
     kernel = base["blocks"][part][name]["kernel"][1]
     inputs = int(np.prod(kernel.shape[:num_in]))
     first = np.asarray(factors["first"][1], np.float64).reshape(inputs, 4)
@@ -110,28 +111,29 @@ def test_a_kernel_is_merged_by_hand():
 
 
 def test_the_last_factor_alone_has_a_gradient_at_first():
-  config, base, new, drawn = _model("llama")
+  config, base, new, far = _model("llama")
   loss = lambda adapters: jnp.sum(_states(config, base | adapters) ** 3)
-  at_new = jax.grad(loss)(new)
-  at_drawn = jax.grad(loss)(drawn)
+  gradient = jax.jit(jax.grad(loss))
+  at_new, at_far = gradient(new), gradient(far)
   leaves = jax.tree_util.tree_leaves_with_path(at_new)
   assert len(leaves) == 2 * 7
-  for (path, start), later in zip(leaves, jax.tree.leaves(at_drawn)):
+  for (path, start), later in zip(leaves, jax.tree.leaves(at_far)):
     assert jnp.any(start != 0) == (path[-1].key == "last"), path
     assert jnp.any(later != 0), path
 
 
 def test_new_adapters_have_the_variance_that_is_said():
   config = lora.with_lora(
-    model_config.llama(**SIZES | {"d_model": 128, "d_mlp": 256}), ALL
+    model_config.llama(**SIZES | {"d_model": 128, "d_mlp": 256}),
+    dataclasses.replace(ALL, targets="query|out|down|up|gate"),
   )
   new = lora.init(config, jax.random.key(0))["lora"]["blocks"]
-  assert not np.any(new["mlp"]["down"]["last"])
   for part, name, inputs in (
     ("attention", "query", 128),
     ("attention", "out", 128),
     ("mlp", "down", 256),
   ):
+    assert not np.any(new[part][name]["last"])
     deviation = np.std(new[part][name]["first"])
     assert deviation == pytest.approx((3 * inputs) ** -0.5, rel=0.1), name
   draws = [new["mlp"][name]["first"] for name in ("up", "gate")]
@@ -139,10 +141,10 @@ def test_new_adapters_have_the_variance_that_is_said():
 
 
 def test_only_targets_have_adapters():
-  config, base, _, drawn = _model("llama", "query|value")
-  assert sorted(drawn["lora"]["blocks"]) == ["attention"]
-  assert sorted(drawn["lora"]["blocks"]["attention"]) == ["query", "value"]
-  merged = lora.merge(config, base, drawn)
+  config, base, _, far = _model("llama", "query|value")
+  assert sorted(far["lora"]["blocks"]) == ["attention"]
+  assert sorted(far["lora"]["blocks"]["attention"]) == ["query", "value"]
+  merged = lora.merge(config, base, far)
   differs = jax.tree.map(lambda a, b: bool(np.any(a != b)), merged, base)
   changed = [
     jax.tree_util.keystr(path)
@@ -156,8 +158,8 @@ def test_only_targets_have_adapters():
 
 
 def test_experts_and_the_router_have_none():
-  _, _, _, drawn = _model("mixtral")
-  assert sorted(drawn["lora"]["blocks"]) == ["attention"]
+  shapes = lora.shapes(dataclasses.replace(MOE, lora=ALL))
+  assert sorted(shapes["lora"]["blocks"]) == ["attention"]
   with pytest.raises(ValueError, match="matches no projection"):
     lora.with_lora(MOE, dataclasses.replace(ALL, targets="expert_up"))
 

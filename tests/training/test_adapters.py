@@ -19,6 +19,7 @@ from dpo_jax.losses import objectives
 from dpo_jax.models import config as model_config
 from dpo_jax.models import huggingface, lora, transformer
 from dpo_jax.training import optimizers, scoring, state, steps
+from tests import drawn
 
 MAKE_MESH = sharding.make_mesh
 SIZES = {
@@ -63,21 +64,17 @@ def _steps_on(family, mesh, order=None, num_steps=3, int8=False, **changes):
   batches = loader.Loader(
     _pairs(), batch_size=8, microbatch_rows=8, row_length=64
   )
-  rng = jax.random.key(0)
-  layouts = sharding.array_shardings(
-    mesh, transformer.logical_axes(config), transformer.param_shapes(config)
+  base = drawn.weights(transformer.param_shapes(config))
+  base = jax.device_put(base, transformer.layouts(mesh, config))
+  new, layouts = (
+    drawn.new_adapters(lora.shapes(config)),
+    lora.layouts(mesh, config),
   )
   with jax.set_mesh(mesh):
-    base = jax.jit(
-      lambda: transformer.init_params(config, rng), out_shardings=layouts
-    )()
     if int8:
       base = lora.quantize(mesh, config, base)
     now = state.init_state(
-      lambda: lora.init(config, rng),
-      optimizer,
-      lora.layouts(mesh, config),
-      mesh,
+      jax.device_put(new, layouts), optimizer, layouts, mesh
     )
     now = dataclasses.replace(now, base=base)
     step = jax.jit(
@@ -128,6 +125,19 @@ def test_no_mesh_changes_a_number_or_stays_at_ln2(family, mesh, order):
 
 
 @pytest.mark.slow
+def test_new_adapters_are_the_same_on_any_mesh():
+  config = model_config.of_family("llama", vocab_size=64, **SIZES)
+  config = lora.with_lora(config, model_config.Lora(4, 8.0, ".*"))
+  init = functools.partial(lora.init, config, jax.random.key(0))
+  layouts = lora.layouts(MAKE_MESH(data=1, fsdp=4, tensor=2), config)
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    jax.jit(init, out_shardings=layouts)(),
+    jax.jit(init)(),
+  )
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 def test_no_mesh_changes_a_number_over_int8(family):
   pytest.importorskip("qwix")
@@ -151,7 +161,8 @@ def model(tmp_path_factory):
   folder = tmp_path_factory.mktemp("model")
   tokenizer = synthetic.make_tokenizer()
   config = model_config.llama(vocab_size=len(tokenizer), **SIZES)
-  params = transformer.init_params(config, jax.random.key(7))
+  shapes = transformer.param_shapes(config)
+  params = jax.tree.map(jax.device_put, drawn.weights(shapes, seed=7))
   huggingface.save_model(str(folder), config, params, eos_token_id=1)
   tokenizer.save_pretrained(folder)
   return str(folder)
@@ -327,14 +338,19 @@ def test_a_run_of_adapters_keeps_no_base(sft):
   assert not [n for n in names if "embedding" in n or "kernel" in n]
 
 
-def test_an_adapter_can_be_the_reference(tmp_path, model, sft, sft_margin):
+def test_an_adapter_can_be_the_reference(tmp_path, model, sft):
   # By default what the policy starts from: one more adapter in memory.
   now, own = _start(_config(tmp_path, model, **{"lora.path": str(sft)}))
   assert own["loss"] == pytest.approx(LN2, abs=1e-6)
   assert own["rewards/margins"] == 0
   assert now.reference.keys() == {"lora"}
   assert np.any(now.reference["lora"]["blocks"]["mlp"]["up"]["last"])
-  # Of another rank and another alpha, beside new adapters of the policy.
+
+
+@pytest.mark.slow
+def test_an_adapter_of_another_rank_can_be_the_reference(
+  tmp_path, model, sft, sft_margin
+):
   other = {"reference.path": str(sft), "lora.rank": 2, "lora.alpha": 7.0}
   _, new = _start(_config(tmp_path, model, **other))
   assert new["rewards/margins"] == pytest.approx(-sft_margin, rel=1e-3)
@@ -445,7 +461,7 @@ def test_int8_without_its_package_is_refused(tmp_path, model, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("adapter", [_slow(False), True])
 def test_an_exported_run_is_a_model(tmp_path, model, sft, sft_margin, adapter):
   target = str(tmp_path / "exported")
   trainer.export(str(sft), target, adapter=adapter)
