@@ -183,12 +183,12 @@ def save(
   huggingface.write_json(os.path.join(folder, CONFIG), values)
 
 
-def _open(folder: str) -> dict[str, np.ndarray]:
+def _open(folder: str) -> dict[str, safetensors.Stored]:
   return safetensors.open_file(os.path.join(folder, WEIGHTS))
 
 
 def _factors(
-  folder: str, config: ModelConfig, stored: dict[str, np.ndarray]
+  folder: str, config: ModelConfig, stored: dict[str, safetensors.Stored]
 ) -> dict[str, _Factors]:
   """Returns the factors of each kernel that has some, by the kernel's path."""
   values, left = read_config(folder), set(stored)
