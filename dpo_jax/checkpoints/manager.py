@@ -26,6 +26,10 @@ from orbax.checkpoint import checkpoint_managers
 from dpo_jax.checkpoints import reader
 from dpo_jax.types import Params
 
+# Each chunk of an array is read whole and beside it. Smaller ones than this
+# come from malloc's arenas, which keep the memory.
+_CHUNK_BYTES = 2**26
+
 
 class Manager:
   """The checkpoints of one run; every process makes one and calls it alike."""
@@ -121,7 +125,12 @@ class Manager:
     return self._orbax.save(
       step,
       args=ocp.args.Composite(
-        state=ocp.args.PyTreeSave(state),
+        state=ocp.args.PyTreeSave(
+          state,
+          save_args=jax.tree.map(
+            lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), state
+          ),
+        ),
         fingerprints=ocp.args.JsonSave(
           {name: int(value) for name, value in prints.items()}
         ),
