@@ -36,7 +36,8 @@ def get_config() -> config_dict.ConfigDict:
   config.data.cache_dir = ""  # empty: ~/.cache/dpo_jax
 
   config.model = config_dict.ConfigDict()
-  config.model.path = ""  # Hugging Face folder, hub name or run folder
+  # Hugging Face folder, hub name, run folder, or runs/x/checkpoints/<step>.
+  config.model.path = ""
   config.model.preset = ""  # random initialisation instead of a path
   config.model.vocab_size = 0  # of a preset; 0: the tokenizer's
   config.model.tokenizer = ""  # folder, file, hub name; empty: as `path`

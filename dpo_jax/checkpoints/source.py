@@ -1,5 +1,7 @@
 """Where a model comes from: a Hugging Face folder, a hub name or a run.
 
+A run stands for its newest checkpoint, `runs/x/checkpoints/120` for that one.
+
 A run folder holds, beside its checkpoints, `model/`: the decoder's
 `config.json` in Hugging Face format and the tokenizer. A run of adapters says
 there, in `lora.json`, what they are and where their base is. Such a run, like
@@ -66,6 +68,24 @@ def is_run(path: str) -> bool:
   ).is_dir()
 
 
+def split_step(path: str, step: int | None = None) -> tuple[str, int | None]:
+  """Returns a run folder and the step of the checkpoint that a path names.
+
+  A path that is no checkpoint of a run is returned as it is.
+
+  Raises:
+    ValueError: it names another step than `step`.
+  """
+  folder = pathlib.Path(path).absolute()
+  is_step = folder.name.isdecimal() and folder.parent.name == "checkpoints"
+  run = str(folder.parent.parent)
+  if not (is_step and is_run(run)):
+    return path, step
+  if step not in (None, int(folder.name)):
+    raise ValueError(f"{path} is the checkpoint of that step, not of {step}")
+  return run, int(folder.name)
+
+
 def is_same(one: str, other: str) -> bool:
   """Returns whether two paths or hub names are of one model."""
   is_folder = os.path.isdir(one) and os.path.isdir(other)
@@ -83,14 +103,16 @@ def open_adapter(path: str, *, step: int | None = None) -> AdapterSource | None:
   """Returns the adapters that a path names; None if it is a whole model.
 
   Args:
-    path: a run folder, a folder in PEFT's format, or a hub name.
+    path: a run folder, one of its checkpoints, a folder in PEFT's format, or
+      a hub name.
     step: which checkpoint of a run; the newest by default.
 
   Raises:
     ValueError: there is no such model, or adapters that cannot be read.
   """
+  path, step = split_step(path, step)
   if not is_run(path):
-    folder = huggingface.resolve(path)
+    folder = _resolve(path)
     if not huggingface_adapters.is_adapter(folder):
       return None
     values = huggingface_adapters.read_config(folder)
@@ -118,8 +140,9 @@ def open_model(path: str, *, step: int | None = None) -> ModelSource:
   """Returns what `model.path` names, without reading any weights.
 
   Args:
-    path: a folder in Hugging Face format, a hub name, or a run folder; or an
-      adapter in PEFT's format, which is merged into its base.
+    path: a folder in Hugging Face format, a hub name, a run folder or one of
+      its checkpoints; or an adapter in PEFT's format, which is merged into its
+      base.
     step: which checkpoint of a run; the newest by default.
 
   Raises:
@@ -128,8 +151,9 @@ def open_model(path: str, *, step: int | None = None) -> ModelSource:
   adapter = open_adapter(path, step=step)
   if adapter is not None:
     return _merged(adapter)
+  path, step = split_step(path, step)
   if not is_run(path):
-    folder = huggingface.resolve(path)
+    folder = _resolve(path)
 
     def load_folder(config, shardings):
       return huggingface.load_params(folder, config, shardings)
@@ -142,6 +166,19 @@ def open_model(path: str, *, step: int | None = None) -> ModelSource:
 
   folder = pathlib.Path(path) / run_folder.MODEL_FOLDER
   return ModelSource(huggingface.read_config(folder), str(folder), load_run)
+
+
+def _resolve(path: str) -> str:
+  """Returns a local folder of a model or an adapter."""
+  folder = huggingface.resolve(path)
+  files = ("config.json", huggingface_adapters.CONFIG)
+  if any(os.path.isfile(os.path.join(folder, name)) for name in files):
+    return folder
+  raise ValueError(
+    f"{path!r} is no model: not a Hugging Face folder ({' or '.join(files)}),"
+    " a run folder (checkpoints/ and model/) or a run's checkpoint"
+    " (checkpoints/<step>)"
+  )
 
 
 def _merged(adapter: AdapterSource) -> ModelSource:

@@ -60,8 +60,9 @@ def make_settings(path: str, *, dtype: str = "auto", **given: Any) -> Settings:
     ValueError: beta or reference is missing, or out of range.
   """
   defaults = {"max_length": 512, "max_prompt_length": 256}
-  file = pathlib.Path(path) / "config.json"
-  if source.is_run(path) and file.exists():
+  run, _ = source.split_step(path)
+  file = pathlib.Path(run) / "config.json"
+  if source.is_run(run) and file.exists():
     config = json.loads(file.read_text())
     defaults = {
       "reference": _reference_of(config),
