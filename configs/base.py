@@ -40,6 +40,9 @@ def get_config() -> config_dict.ConfigDict:
   config.model.path = ""
   config.model.preset = ""  # random initialisation instead of a path
   config.model.vocab_size = 0  # of a preset; 0: the tokenizer's
+  # Rows of embedding and head, up to a multiple; a mesh.tensor that divides it
+  # splits them. Exports have the model's own.
+  config.model.vocab_multiple = 1
   config.model.tokenizer = ""  # folder, file, hub name; empty: as `path`
   config.model.dtype = "auto"  # of matmuls; auto: bfloat16, float32 on CPU
   config.model.param_dtype = "float32"  # of the master weights

@@ -202,8 +202,9 @@ def _make_optimizer(config, total_steps):
 
 def _compute_settings(config):
   options = config.model
-  dtype = sharding.matmul_dtype(options.dtype)
-  return dict(dtype=dtype, param_dtype=options.param_dtype, remat=options.remat)
+  names = ("param_dtype", "remat", "vocab_multiple")
+  settings = {name: options[name] for name in names}
+  return {"dtype": sharding.matmul_dtype(options.dtype)} | settings
 
 
 def _fit_policy(config, policy, tokenizer, *, from_scratch):
@@ -288,11 +289,9 @@ def _make_reference(config, objective, policy, lora_options, shardings, mesh):
   model = dataclasses.replace(opened.config, **settings)
   layouts = transformer.layouts(mesh, model)
   reference = make(options.mode, model)
-  shapes, wanted = (
-    jax.tree.map(lambda x: x.shape, transformer.param_shapes(config))
-    for config in (model, policy)
-  )
-  if reference.moves and shapes != wanted:
+  alike = dataclasses.replace(model, param_dtype=policy.param_dtype)
+  shapes = transformer.param_shapes
+  if reference.moves and shapes(alike) != shapes(policy):
     raise ValueError(
       f"reference.mode={options.mode!r}: the reference at {options.path!r} has"
       " parameters of other shapes than the policy's, to which it should move"

@@ -210,6 +210,17 @@ def saved_steps(workdir: str | os.PathLike[str]) -> list[int]:
   return sorted(entry.step for entry in found)
 
 
+def saved_shape(
+  workdir: str | os.PathLike[str], name: str, step: int | None = None
+) -> tuple[int, ...]:
+  """Returns the shape of an array of a checkpoint, the newest by default.
+
+  Raises:
+    ValueError: there is no such checkpoint, or no such array in it.
+  """
+  return reader.saved_shape(_checkpoint(workdir, step), name)
+
+
 def restore_params(
   workdir: str | os.PathLike[str],
   abstract_params: Params,
@@ -229,8 +240,25 @@ def restore_params(
     ValueError: there is no such checkpoint, it holds other parameters, or it
       is damaged (a model other than the one asked for would be worse).
   """
-  folder = _checkpoints_folder(workdir)
-  steps = saved_steps(workdir)
+  path = _checkpoint(workdir, step)
+  wanted = {"params": abstract_params}
+  try:
+    params = reader.read(path, wanted, partial=True)["params"]
+  except reader.DamagedError as error:
+    steps = ", ".join(map(str, saved_steps(workdir)))
+    raise ValueError(
+      f"checkpoint {path} is damaged: {error}; there are {steps}"
+    ) from error
+  return jax.tree.map(
+    lambda x, like: x.astype(like.dtype), params, abstract_params
+  )
+
+
+def _checkpoint(
+  workdir: str | os.PathLike[str], step: int | None
+) -> pathlib.Path:
+  """Returns the folder of a step, the newest by default."""
+  folder, steps = _checkpoints_folder(workdir), saved_steps(workdir)
   if not steps:
     raise ValueError(f"no checkpoint in {folder}")
   step = steps[-1] if step is None else step
@@ -239,17 +267,7 @@ def restore_params(
       f"no checkpoint of step {step} in {folder}; there are"
       f" {', '.join(map(str, steps))}"
     )
-  wanted = {"params": abstract_params}
-  try:
-    params = reader.read(folder / str(step), wanted, partial=True)["params"]
-  except reader.DamagedError as error:
-    raise ValueError(
-      f"checkpoint {folder / str(step)} is damaged: {error}; there are"
-      f" {', '.join(map(str, steps))}"
-    ) from error
-  return jax.tree.map(
-    lambda x, like: x.astype(like.dtype), params, abstract_params
-  )
+  return folder / str(step)
 
 
 def _checkpoints_folder(workdir: str | os.PathLike[str]) -> pathlib.Path:

@@ -40,6 +40,22 @@ def fingerprints(tree: Any) -> dict[str, jax.Array]:
   return dict(zip(leaves, _fingerprints(list(leaves.values())), strict=True))
 
 
+def saved_shape(path: pathlib.Path, name: str) -> tuple[int, ...]:
+  """Returns the shape of one array of a checkpoint; name: "params/head".
+
+  Raises:
+    ValueError: the checkpoint's index has no such array, or cannot be read.
+  """
+  try:
+    index = ocp.PyTreeCheckpointHandler().metadata(path / "state").tree
+    return tuple(_named_leaves(index)[name].shape)
+  except KeyError as error:
+    raise ValueError(f"checkpoint {path} holds no array {name!r}") from error
+  except Exception as error:  # Whatever Orbax makes of bad data.
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    raise ValueError(f"checkpoint {path} is damaged: {reason}") from error
+
+
 def read(path: pathlib.Path, abstract: Any, *, partial: bool = False) -> Any:
   """Returns the arrays of one checkpoint, in the dtype that they were saved in.
 

@@ -162,7 +162,16 @@ def open_model(path: str, *, step: int | None = None) -> ModelSource:
     return ModelSource(config, str(folder), load_folder)
 
   def load_run(config, shardings):
-    return _restore(path, step, transformer.param_shapes(config), shardings)
+    # A run may have padded its vocabulary otherwise.
+    (num_rows, _) = manager.saved_shape(path, "params/embedding", step)
+    saved = dataclasses.replace(config, vocab_multiple=num_rows)
+    mesh = jax.tree.leaves(shardings)[0].mesh
+    layouts = transformer.layouts(mesh, saved)
+    params = _restore(path, step, transformer.param_shapes(saved), layouts)
+    if saved.num_vocab_rows == config.num_vocab_rows:
+      return params
+    fit = functools.partial(transformer.fit_vocabulary, config)
+    return jax.jit(fit, out_shardings=shardings)(params)
 
   folder = pathlib.Path(path) / run_folder.MODEL_FOLDER
   return ModelSource(huggingface.read_config(folder), str(folder), load_run)

@@ -98,11 +98,13 @@ def load_params(
 
     def read(index):
       ranges = [range(size)[at] for size, at in zip(leaf.shape, index)]
-      out = np.empty([len(x) for x in ranges], leaf.dtype)
+      # Rows that pad a vocabulary are in no file.
+      out = np.zeros([len(x) for x in ranges], leaf.dtype)
       parts = out.reshape(-1, *out.shape[num_stacked:])
       for part, at in zip(parts, itertools.product(*ranges[:num_stacked])):
         # Converts the dtype while it copies, without an array between.
-        part[...] = place.view(stored, *at)[index[num_stacked:]]
+        view = place.view(stored, *at)[index[num_stacked:]]
+        part[: len(view)] = view
       return out
 
     return _place(leaf.shape, sharding, read)
@@ -278,7 +280,7 @@ def _outputs(config: ModelConfig, params: Params) -> list[safetensors.Output]:
 
     def fetch():
       arrays = [
-        to_host(leaf, index).reshape(
+        to_host(leaf, index)[: place.shape[0]].reshape(
           place.shape if tensor.by_head else place.matrix_shape
         )
         for place, leaf in parts

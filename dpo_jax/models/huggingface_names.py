@@ -290,7 +290,8 @@ def join(tensor: Tensor, arrays: list[np.ndarray]) -> np.ndarray:
 
 
 def places(config: ModelConfig) -> dict[str, Place]:
-  """Returns the place of each parameter by its path."""
+  """Returns the place of each parameter by its path; files have no padding."""
+  config = dataclasses.replace(config, vocab_multiple=1)
   entries = {
     leaf: (tensor, part)
     for tensor in TENSORS[config.family]

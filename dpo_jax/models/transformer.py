@@ -4,6 +4,7 @@ The blocks are one `nn.scan` over parameters stacked on a leading layer axis,
 so compile time does not grow with depth.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -49,6 +50,9 @@ AXES = {
 
 # The name of a block whose variables are arrays of their own.
 BLOCK = "block_{}"
+
+# The parameters with a row for each token.
+VOCABULARY = ("embedding", "head", "head_bias")
 
 # Which outputs of a block are kept for its backward pass.
 REMAT_POLICIES = {
@@ -140,7 +144,11 @@ class Decoder(nn.Module):
   ) -> jax.Array:
     """Returns [R,T,D] in `config.dtype`."""
     config = self.config
-    table_shape = (config.vocab_size, config.d_model)
+    table_shape = (config.num_vocab_rows, config.d_model)
+    if config.num_vocab_rows > config.vocab_size:
+      # What is no token gives NaN, with padding as without.
+      is_token = tokens < config.vocab_size
+      tokens = jnp.where(is_token, tokens, config.num_vocab_rows)
     x = _look_up(self._table("embedding", table_shape), tokens)
     angles = None
     if config.positions == "learned":
@@ -153,7 +161,7 @@ class Decoder(nn.Module):
     if not config.tied:
       self._table("head", table_shape)
     if "head" in config.biases:
-      shape, dtype = (config.vocab_size,), jnp.dtype(config.param_dtype)
+      shape, dtype = (config.num_vocab_rows,), jnp.dtype(config.param_dtype)
       self.param("head_bias", nn.initializers.zeros, shape, dtype)
     x = x.astype(config.dtype)
     if config.scaled_embedding:
@@ -225,10 +233,29 @@ def init_params(config: ModelConfig, rng: PRNGKeyArray) -> Params:
   """Returns new parameters in `config.param_dtype`, blocks stacked [L,...].
 
   Weights are normal with deviation 0.02 (those that add to the residual
-  stream divided by sqrt(2 L)), norms multiply by one, biases are zero.
+  stream divided by sqrt(2 L)), norms multiply by one, biases are zero; rows
+  of the vocabulary's padding are zero too.
   """
   nothing = jnp.zeros((1, 1), jnp.int32)
-  return Decoder(config).init(rng, *[nothing] * 4)["params"]
+  whole = dataclasses.replace(config, vocab_multiple=1)
+  params = Decoder(whole).init(rng, *[nothing] * 4)["params"]
+  return fit_vocabulary(config, params)
+
+
+def fit_vocabulary(config: ModelConfig, params: Params) -> Params:
+  """Returns parameters with the config's padding in place of theirs."""
+  padding = config.num_vocab_rows - config.vocab_size
+
+  def fit(table):
+    tokens = table[: config.vocab_size]
+    return jnp.pad(tokens, ((0, padding), *[(0, 0)] * (table.ndim - 1)))
+
+  is_table = lambda name, x: (
+    name in VOCABULARY and len(x) != config.num_vocab_rows
+  )
+  return {
+    name: fit(x) if is_table(name, x) else x for name, x in params.items()
+  }
 
 
 def param_shapes(config: ModelConfig) -> Params:
@@ -411,5 +438,6 @@ def unembedding(config: ModelConfig, params: Params) -> Unembedding:
   return Unembedding(
     table=params["embedding"] if config.tied else params["head"],
     bias=params.get("head_bias"),
+    vocab_size=config.vocab_size,
     soft_cap=config.logit_soft_cap,
   )

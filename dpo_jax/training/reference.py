@@ -216,7 +216,8 @@ def cache_key(
     objective: of the loss, `ld_alpha` alone enters.
   """
   shape = dataclasses.asdict(model)
-  del shape["remat"]  # changes nothing without a backward pass
+  # Neither changes a log-probability.
+  del shape["remat"], shape["vocab_multiple"]
   settings = [
     CACHE_VERSION,
     shape,
