@@ -442,6 +442,10 @@ def test_a_run_goes_on_bit_for_bit(tmp_path, model, sft):
     ({"lora.path": "MODEL"}, "is a whole model, not an adapter"),
     ({"lora.path": "SFT", "lora.rank": 8}, "has rank 4, alpha 8 and targets"),
     ({"lora.base_dtype": "int4"}, "'int4'; known: float32, bfloat16"),
+    (
+      {"lora.rank": 0, "lora.base_dtype": "bfloat16"},
+      "lora.base_dtype='bfloat16': only with lora.rank",
+    ),
   ],
 )
 def test_what_cannot_be_is_refused(tmp_path, model, sft, settings, message):
