@@ -36,15 +36,31 @@ def get_config() -> config_dict.ConfigDict:
   config.data.cache_dir = ""  # empty: ~/.cache/dpo_jax
 
   config.model = config_dict.ConfigDict()
-  config.model.path = ""  # Hugging Face folder, hub name or run folder
+  # Hugging Face folder, hub name, run folder, or runs/x/checkpoints/<step>.
+  config.model.path = ""
   config.model.preset = ""  # random initialisation instead of a path
   config.model.vocab_size = 0  # of a preset; 0: the tokenizer's
+  # Rows of embedding and head, up to a multiple; a mesh.tensor that divides it
+  # splits them. Exports have the model's own.
+  config.model.vocab_multiple = 1
   config.model.tokenizer = ""  # folder, file, hub name; empty: as `path`
   config.model.dtype = "auto"  # of matmuls; auto: bfloat16, float32 on CPU
   config.model.param_dtype = "float32"  # of the master weights
   config.model.remat = "none"  # none, dots, full
   config.model.router_loss = 0.001  # weight of load balancing among experts
   config.model.logprob_chunk = 128  # scored positions a row that meet V at once
+
+  # Adapters of low rank, trained in place of the model at `model.path`.
+  config.lora = config_dict.ConfigDict()
+  config.lora.rank = 0  # 0: none, all weights are trained
+  config.lora.alpha = placeholder(float)  # scale * rank; None: 2 * rank
+  # Regular expression of whole names: query, key, value, out, up, gate, down;
+  # empty: all of them.
+  config.lora.targets = ""
+  config.lora.path = ""  # run folder or PEFT folder of those to start from
+  # Of the frozen weights: float32, bfloat16, or int8 kernels of projections
+  # (needs the package qwix and model.remat); auto: as model.dtype.
+  config.lora.base_dtype = "auto"
 
   config.loss = config_dict.ConfigDict()
   # A name of configs/losses.py, or a weighted sum: dpo:0.8,bco_pair:0.2,sft:1
@@ -75,10 +91,13 @@ def get_config() -> config_dict.ConfigDict:
 
   config.reference = config_dict.ConfigDict()
   # live: frozen, in the same program; cached: its log-probabilities, computed
-  # once and kept in `data.cache_dir`; ema, sync: as live, and it moves to the
-  # policy as in TR-DPO; none. A loss without a reference never traces one.
+  # once and kept in `data.cache_dir`; adapter_off: the base alone, only with
+  # lora.rank above 0; ema, sync: as live, and it moves to the policy as in
+  # TR-DPO; none. A loss without a reference never traces one.
   config.reference.mode = "live"
-  config.reference.path = ""  # empty: the policy as it starts
+  # Empty: the policy as it starts (from lora.path, if given). With adapters,
+  # that or a path of others of the same base holds no second copy of it.
+  config.reference.path = ""
   config.reference.dtype = "auto"  # auto: as model.dtype
   # ema: the policy's share in the new reference, in (0, 1]; None: 0.6
   config.reference.alpha = placeholder(float)

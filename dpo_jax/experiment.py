@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dpo_jax import sharding
+from dpo_jax import adapters, sharding
 from dpo_jax.checkpoints import manager, source
 from dpo_jax.data import dataset, loader, packing, synthetic, tokenize
 from dpo_jax.losses import objectives
@@ -34,10 +34,12 @@ class Experiment:
     mesh: all devices.
     tokenizer: the policy's.
     scorer: policy, reference and loss.
-    shardings: the layout of each parameter of the policy.
-    load_policy: returns the policy before the first update.
+    shardings: the layout of each parameter that is trained.
+    load_base: returns what adapters are added to; None without adapters.
+    load_policy: returns what is trained, before the first update.
     reference: where reference log-probabilities come from.
-    load_reference: returns the reference's parameters, given the policy's.
+    load_reference: returns the reference's parameters, given the policy's;
+      for adapters see `TrainState`.
     cache_dir: folder of the caches of tokens and log-probabilities.
     optimizer: clips and updates.
     learning_rate: as a function of the updates done.
@@ -54,6 +56,7 @@ class Experiment:
   tokenizer: Any
   scorer: steps.Scorer
   shardings: Params
+  load_base: Callable[[], Params | None]
   load_policy: Callable[[], Params]
   reference: reference_lib.Reference
   load_reference: Callable[[Params], Params | None]
@@ -80,12 +83,20 @@ def build(config: ConfigDict) -> Experiment:
   tokenizer = _load_tokenizer(config, opened)
   policy = _fit_policy(config, policy, tokenizer, from_scratch=not opened)
   policy = _with_head(config, objective, policy)
-  shardings = sharding.array_shardings(
-    mesh, transformer.logical_axes(policy), transformer.param_shapes(policy)
+  lora_options = adapters.Options(
+    **config.lora, base=config.model.path, dtype=config.model.param_dtype
   )
+  policy = adapters.add(lora_options, policy)
+  shardings = transformer.layouts(mesh, policy)
+  load_base = lambda: None
+  load_policy = _make_load_policy(config, opened, policy, shardings)
   reference, load_reference = _make_reference(
-    config, objective, policy, shardings, mesh
+    config, objective, policy, lora_options, shardings, mesh
   )
+  if policy.lora:
+    load_base, load_policy, shardings = adapters.make_loads(
+      lora_options, policy, load_policy, mesh, seed=config.seed
+    )
   models = [model for model in (policy, reference.model) if model]
   train_loader, eval_loader = _make_loaders(
     config, objective, tokenizer, mesh, models
@@ -105,7 +116,8 @@ def build(config: ConfigDict) -> Experiment:
       router_loss=config.model.router_loss,
     ),
     shardings=shardings,
-    load_policy=_make_load_policy(config, opened, policy, shardings),
+    load_base=load_base,
+    load_policy=load_policy,
     reference=reference,
     load_reference=load_reference,
     cache_dir=_cache_dir(config),
@@ -194,8 +206,9 @@ def _make_optimizer(config, total_steps):
 
 def _compute_settings(config):
   options = config.model
-  dtype = sharding.matmul_dtype(options.dtype)
-  return dict(dtype=dtype, param_dtype=options.param_dtype, remat=options.remat)
+  names = ("param_dtype", "remat", "vocab_multiple")
+  settings = {name: options[name] for name in names}
+  return {"dtype": sharding.matmul_dtype(options.dtype)} | settings
 
 
 def _fit_policy(config, policy, tokenizer, *, from_scratch):
@@ -257,11 +270,7 @@ def _make_load_policy(config, opened, policy, shardings):
 def _make_load_body(config, opened, policy, shardings, rng):
   """Returns what loads a model of another head, and gives it a new one."""
   saved = dataclasses.replace(policy, head=opened.config.head)
-  layouts = sharding.array_shardings(
-    sharding.make_mesh(**config.mesh),
-    transformer.logical_axes(saved),
-    transformer.param_shapes(saved),
-  )
+  layouts = transformer.layouts(sharding.make_mesh(**config.mesh), saved)
   add_head = jax.jit(
     lambda params: heads.with_new_score(params, policy, rng),
     out_shardings=shardings,
@@ -269,20 +278,28 @@ def _make_load_body(config, opened, policy, shardings, rng):
   return lambda: add_head(opened.load(saved, layouts))
 
 
-def _make_reference(config, objective, policy, shardings, mesh):
+def _make_reference(config, objective, policy, lora_options, shardings, mesh):
   """Returns what the reference is, and how its weights come."""
   options = config.reference
-  reference_lib.check_mode(options.mode, objective)
+  reference_lib.check_mode(
+    options.mode, options.path, objective, has_adapters=bool(policy.lora)
+  )
   make = functools.partial(
     reference_lib.make_reference, alpha=options.alpha, every=options.every
   )
   if not objective.needs_reference:
-    if options.path:
-      raise ValueError(
-        f"reference.path='{options.path}': loss '{config.loss.name}' has no"
-        " reference"
-      )
     return make(options.mode, None), lambda params: None
+  if policy.lora:
+    is_off = options.mode == "adapter_off"
+    shared = adapters.share_reference(
+      lora_options,
+      policy,
+      mesh,
+      path=config.model.path if is_off else options.path,
+      dtype=options.dtype,
+    )
+    if shared:
+      return make(options.mode, shared[0]), shared[1]
   dtype = policy.dtype if options.dtype == "auto" else options.dtype
   if not options.path:
     model = dataclasses.replace(policy, param_dtype=dtype)
@@ -299,15 +316,11 @@ def _make_reference(config, objective, policy, shardings, mesh):
     )
   settings = _compute_settings(config) | {"param_dtype": dtype}
   model = dataclasses.replace(opened.config, **settings)
-  layouts = sharding.array_shardings(
-    mesh, transformer.logical_axes(model), transformer.param_shapes(model)
-  )
+  layouts = transformer.layouts(mesh, model)
   reference = make(options.mode, model)
-  shapes, wanted = (
-    jax.tree.map(lambda x: x.shape, transformer.param_shapes(config))
-    for config in (model, policy)
-  )
-  if reference.moves and shapes != wanted:
+  alike = dataclasses.replace(model, param_dtype=policy.param_dtype)
+  shapes = transformer.param_shapes
+  if reference.moves and shapes(alike) != shapes(policy):
     raise ValueError(
       f"reference.mode={options.mode!r}: the reference at {options.path!r} has"
       " parameters of other shapes than the policy's, to which it should move"
@@ -364,12 +377,10 @@ def _layout(layout, models, *data):
   allowed = {packing.layout_for_window(x, layout, window) for x in lengths}
   if allowed == {layout}:
     return layout
-  if jax.process_index() == 0:
-    print(
-      f"data.layout: padded, as sequences are longer than the {window} keys"
-      " that a sliding window of the model sees",
-      flush=True,
-    )
+  _say(
+    f"data.layout: padded, as sequences are longer than the {window} keys that"
+    " a sliding window of the model sees"
+  )
   return "padded"
 
 
@@ -388,10 +399,13 @@ def _read_tokens(config, objective, tokenizer, path, split):
     is_builder=jax.process_index() == 0,
     barrier=lambda: multihost_utils.sync_global_devices("tokens cached"),
   )
-  if jax.process_index() == 0:
-    print(f"data: {options.source} {path}")
-    print(*tokenize.report_lines(tokens.report), sep="\n", flush=True)
+  _say(f"data: {options.source} {path}", *tokenize.report_lines(tokens.report))
   return tokens
+
+
+def _say(*lines):
+  if jax.process_index() == 0:
+    print(*lines, sep="\n", flush=True)
 
 
 def _cache_dir(config):

@@ -18,7 +18,12 @@ from dpo_jax.checkpoints import manager, reader, run_folder, source
 from dpo_jax.data import loader, tokenize
 from dpo_jax.evaluation import preferences
 from dpo_jax.experiment import Experiment
-from dpo_jax.models import huggingface, transformer
+from dpo_jax.models import (
+  huggingface,
+  huggingface_adapters,
+  lora,
+  transformer,
+)
 from dpo_jax.training import loop, recorder, scoring, state, steps
 from dpo_jax.training import reference as reference_lib
 from dpo_jax.types import Batch, Params
@@ -69,8 +74,11 @@ def export(
   step: int | None = None,
   dtype: str = "float32",
   max_shard_bytes: float = 5e9,
+  adapter: bool = False,
 ) -> None:
   """Writes a model and its tokenizer as a Hugging Face folder.
+
+  Adapters are merged into their base.
 
   Args:
     path: a run folder, a Hugging Face folder or a hub name.
@@ -78,19 +86,21 @@ def export(
     step: which checkpoint of a run; see `source.open_model`.
     dtype: of the weights that are written.
     max_shard_bytes: several files are written above this.
+    adapter: writes the adapters alone, in PEFT's format.
 
   Raises:
-    ValueError: no such model, or a target that is its source.
+    ValueError: no such model, a target that is its source, or a whole model
+      where adapters are asked for.
   """
   if os.path.realpath(path) == os.path.realpath(target):
     raise ValueError(f"the target {target!r} is the source")
   opened = source.open_model(path, step=step)
+  if adapter:
+    _export_adapter(path, target, step, dtype, opened)
+    return
   config = dataclasses.replace(opened.config, param_dtype=dtype)
   tokenizer = tokenize.load_tokenizer(opened.tokenizer)
-  shapes = transformer.param_shapes(config)
-  layouts = sharding.array_shardings(
-    sharding.make_mesh(), transformer.logical_axes(config), shapes
-  )
+  layouts = transformer.layouts(sharding.make_mesh(), config)
   huggingface.save_model(
     target,
     config,
@@ -103,6 +113,23 @@ def export(
     tokenizer.save_pretrained(target)
 
 
+def _export_adapter(path, target, step, dtype, opened):
+  adapter = source.open_adapter(path, step=step)
+  if adapter is None:
+    raise ValueError(f"{path!r} is a whole model: it has no adapters")
+  config = lora.with_lora(opened.config, adapter.lora(opened.config))
+  layouts = lora.layouts(sharding.make_mesh(), config)
+  huggingface_adapters.save(
+    target,
+    config,
+    adapter.load(config, layouts),
+    base=adapter.base,
+    dtype=dtype,
+  )
+  if jax.process_index() == 0:
+    tokenize.load_tokenizer(opened.tokenizer).save_pretrained(target)
+
+
 def describe(experiment: Experiment) -> Iterator[str]:
   """Yields lines that say what will run."""
   scorer, batches = experiment.scorer, experiment.loader
@@ -113,6 +140,16 @@ def describe(experiment: Experiment) -> Iterator[str]:
     f"policy: {scorer.policy.family}, {num_params / 1e6:.1f} M parameters,"
     f" {scorer.policy.dtype}; reference: {experiment.reference}"
   )
+  if scorer.policy.lora:
+    adapters = jax.tree.leaves(lora.shapes(scorer.policy))
+    count = sum(math.prod(x.shape) for x in adapters)
+    base_dtype = experiment.settings["lora"]["base_dtype"]
+    if base_dtype == "auto":
+      base_dtype = scorer.policy.param_dtype
+    yield (
+      f"lora: rank {scorer.policy.lora.rank}, {count / 1e6:.2f} M parameters"
+      f" are trained; base {base_dtype}"
+    )
   yield (
     f"mesh: {mesh}; rows: {batches.row_length} tokens,"
     f" {batches.microbatch_rows} in a microbatch"
@@ -131,10 +168,11 @@ def init_state(
   The state holds the reference; or, in mode `cached`, the experiment's
   batches hold what it says of them.
   """
+  base = experiment.load_base()
   params = experiment.load_policy()
   reference = experiment.load_reference(params)
   if experiment.reference.is_cached:
-    experiment = _with_cached_reference(experiment, reference)
+    experiment = _with_cached_reference(experiment, lora.over(base, reference))
     # Its room is for the moments.
     jax.tree.map(lambda x: x.delete(), reference)
     reference = None
@@ -144,6 +182,7 @@ def init_state(
   return experiment, dataclasses.replace(
     first,
     reference=reference,
+    base=base,
     loss_state=state.init_loss_state(
       experiment.scorer.objective.state, experiment.mesh
     ),
@@ -253,7 +292,7 @@ def _train(experiment: Experiment, workdir: pathlib.Path) -> bool:
       done, restored = checkpoints.restore(wanted)
       if not experiment.reference.moves:
         restored = dataclasses.replace(restored, reference=first.reference)
-      first = restored
+      first = dataclasses.replace(restored, base=first.base)
       _say(f"goes on from step {done} of {experiment.schedule.last_step}")
     if done >= experiment.schedule.last_step:
       _say(f"finished at step {done}: nothing to do")
@@ -271,10 +310,8 @@ def _train(experiment: Experiment, workdir: pathlib.Path) -> bool:
 def _saved(
   experiment: Experiment, train_state: state.TrainState
 ) -> state.TrainState:
-  """Returns what a checkpoint holds: a reference that stays is read again."""
-  if experiment.reference.moves:
-    return train_state
-  return train_state.without_reference()
+  """Returns what a checkpoint holds: what stays is read again."""
+  return train_state.without_frozen(reference=not experiment.reference.moves)
 
 
 def _run_loop(experiment, first, done, checkpoints, record) -> bool:
@@ -316,6 +353,9 @@ def _write_run_files(experiment, workdir):
       eos_token_id=experiment.tokenizer.eos_token_id,
     )
     experiment.tokenizer.save_pretrained(folder)
+    if experiment.scorer.policy.lora:
+      base = experiment.settings["model"]["path"]
+      source.write_lora(folder, experiment.scorer.policy.lora, base)
     run_folder.write_config(workdir, experiment.settings)
   multihost_utils.sync_global_devices("run folder written")
 

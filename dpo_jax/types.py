@@ -19,6 +19,9 @@ import jaxtyping
 import numpy as np
 
 Array = jax.Array | np.ndarray
+# The logit of what is no token: its exp is 0 beside any other, and unlike
+# -inf it has a finite product with that 0.
+NO_TOKEN = -1e9
 Params = dict[str, Any]
 
 # Checks shapes and dtypes when a function is traced; free under jit.
@@ -73,11 +76,15 @@ class Batch:
 class Unembedding:
   """What turns a state h into logits: c * tanh((table h + bias) / c).
 
-  Without the soft cap c, the logits are table h + bias.
+  Without the soft cap c, the logits are table h + bias. Of a table that is
+  padded for a mesh, the rows from `vocab_size` on are of no token.
   """
 
   table: Array  # f[V,D]
   bias: Array | None = None  # f[V]
+  vocab_size: int | None = dataclasses.field(
+    default=None, metadata={"static": True}
+  )
   soft_cap: float | None = dataclasses.field(
     default=None, metadata={"static": True}
   )
@@ -97,4 +104,7 @@ class Unembedding:
       logits += jnp.expand_dims(bias, range(logits.ndim - 1))
     if self.soft_cap is not None:
       logits = self.soft_cap * jnp.tanh(logits / self.soft_cap)
+    if self.vocab_size not in (None, logits.shape[-1]):
+      index = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+      logits = jnp.where(index < self.vocab_size, logits, NO_TOKEN)
     return logits

@@ -3,7 +3,8 @@
   python -m launch.convert --source=runs/hh_dpo --target=exported
 
 The target holds config.json, safetensors and the tokenizer; `transformers`
-loads it.
+loads it. Adapters are merged into their base, or with --adapter written alone,
+as `peft` loads them.
 """
 
 from absl import flags
@@ -23,6 +24,9 @@ DTYPE = flags.DEFINE_enum(
 MAX_SHARD_GB = flags.DEFINE_float(
   "max_shard_gb", 5.0, "Several files are written above this size.", 1e-6
 )
+ADAPTER = flags.DEFINE_bool(
+  "adapter", False, "Whether to write the adapters of a LoRA run alone."
+)
 flags.mark_flags_as_required(["source", "target"])
 
 
@@ -36,6 +40,7 @@ def main(argv: list[str]) -> int:
     step=STEP.value,
     dtype=DTYPE.value,
     max_shard_bytes=MAX_SHARD_GB.value * 1e9,
+    adapter=ADAPTER.value,
   )
   return 0
 

@@ -17,6 +17,7 @@ FLOORS = {
   "sampling": 3,
   "rewards": 4,
   "evaluation": 5,
+  "adapters": 5,
   "experiment": 6,
   "policy": 6,
   "trainer": 7,

@@ -33,6 +33,10 @@ LOWER_IS_BETTER = {
   "rewards/margins": False,
 }
 
+# Each chunk of an array is read whole and beside it. Smaller ones than this
+# come from malloc's arenas, which keep the memory.
+_CHUNK_BYTES = 2**26
+
 
 class Manager:
   """The checkpoints of one run; every process makes one and calls it alike."""
@@ -128,7 +132,12 @@ class Manager:
     return self._orbax.save(
       step,
       args=ocp.args.Composite(
-        state=ocp.args.PyTreeSave(state),
+        state=ocp.args.PyTreeSave(
+          state,
+          save_args=jax.tree.map(
+            lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), state
+          ),
+        ),
         fingerprints=ocp.args.JsonSave(
           {name: int(value) for name, value in prints.items()}
         ),
@@ -230,6 +239,17 @@ def best_step(workdir: str | os.PathLike[str], metric: str) -> int | None:
   return max(found)[1] if found else None
 
 
+def saved_shape(
+  workdir: str | os.PathLike[str], name: str, step: int | None = None
+) -> tuple[int, ...]:
+  """Returns the shape of an array of a checkpoint, the newest by default.
+
+  Raises:
+    ValueError: there is no such checkpoint, or no such array in it.
+  """
+  return reader.saved_shape(_checkpoint(workdir, step), name)
+
+
 def restore_params(
   workdir: str | os.PathLike[str],
   abstract_params: Params,
@@ -249,8 +269,25 @@ def restore_params(
     ValueError: there is no such checkpoint, it holds other parameters, or it
       is damaged (a model other than the one asked for would be worse).
   """
-  folder = _checkpoints_folder(workdir)
-  steps = saved_steps(workdir)
+  path = _checkpoint(workdir, step)
+  wanted = {"params": abstract_params}
+  try:
+    params = reader.read(path, wanted, partial=True)["params"]
+  except reader.DamagedError as error:
+    steps = ", ".join(map(str, saved_steps(workdir)))
+    raise ValueError(
+      f"checkpoint {path} is damaged: {error}; there are {steps}"
+    ) from error
+  return jax.tree.map(
+    lambda x, like: x.astype(like.dtype), params, abstract_params
+  )
+
+
+def _checkpoint(
+  workdir: str | os.PathLike[str], step: int | None
+) -> pathlib.Path:
+  """Returns the folder of a step, the newest by default."""
+  folder, steps = _checkpoints_folder(workdir), saved_steps(workdir)
   if not steps:
     raise ValueError(f"no checkpoint in {folder}")
   step = steps[-1] if step is None else step
@@ -259,17 +296,7 @@ def restore_params(
       f"no checkpoint of step {step} in {folder}; there are"
       f" {', '.join(map(str, steps))}"
     )
-  wanted = {"params": abstract_params}
-  try:
-    params = reader.read(folder / str(step), wanted, partial=True)["params"]
-  except reader.DamagedError as error:
-    raise ValueError(
-      f"checkpoint {folder / str(step)} is damaged: {error}; there are"
-      f" {', '.join(map(str, steps))}"
-    ) from error
-  return jax.tree.map(
-    lambda x, like: x.astype(like.dtype), params, abstract_params
-  )
+  return folder / str(step)
 
 
 def _checkpoints_folder(workdir: str | os.PathLike[str]) -> pathlib.Path:

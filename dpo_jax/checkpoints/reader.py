@@ -9,6 +9,7 @@ import contextlib
 import gc
 import json
 import logging
+import math
 import pathlib
 import sys
 import time
@@ -23,6 +24,8 @@ from jax.experimental import multihost_utils
 
 # After a failed read, for the reads beside it to end while stderr is hushed.
 _ABANDONED_READS_SECONDS = 0.1
+# Arrays together no larger than this are read at once.
+_SMALL_READ_BYTES = 2**24
 
 
 class DamagedError(Exception):
@@ -35,6 +38,22 @@ def fingerprints(tree: Any) -> dict[str, jax.Array]:
   # One program for all: many small ones with collectives, in flight at once,
   # can wait for each other for ever where devices share few cores.
   return dict(zip(leaves, _fingerprints(list(leaves.values())), strict=True))
+
+
+def saved_shape(path: pathlib.Path, name: str) -> tuple[int, ...]:
+  """Returns the shape of one array of a checkpoint; name: "params/head".
+
+  Raises:
+    ValueError: the checkpoint's index has no such array, or cannot be read.
+  """
+  try:
+    index = ocp.PyTreeCheckpointHandler().metadata(path / "state").tree
+    return tuple(_named_leaves(index)[name].shape)
+  except KeyError as error:
+    raise ValueError(f"checkpoint {path} holds no array {name!r}") from error
+  except Exception as error:  # Whatever Orbax makes of bad data.
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    raise ValueError(f"checkpoint {path} is damaged: {reason}") from error
 
 
 def read(path: pathlib.Path, abstract: Any, *, partial: bool = False) -> Any:
@@ -74,8 +93,8 @@ def _try_read(
     try:
       text = (path / "fingerprints" / "metadata").read_text()
       written = {str(name): int(x) for name, x in json.loads(text).items()}
-      handler = ocp.PyTreeCheckpointHandler()
-      saved = _named_leaves(handler.metadata(path / "state").tree)
+      index = ocp.PyTreeCheckpointHandler().metadata(path / "state").tree
+      saved = _named_leaves(index)
       if saved.keys() != written.keys():
         raise ValueError("its index and its fingerprints name other arrays")
       _check_same_arrays(path, saved, _named_leaves(abstract), partial)
@@ -85,7 +104,7 @@ def _try_read(
         ),
         abstract,
       )
-      state = handler.restore(
+      state = _handler(jax.tree.leaves(abstract)).restore(
         path / "state",
         args=ocp.args.PyTreeRestore(
           item=abstract,
@@ -101,6 +120,14 @@ def _try_read(
       text = (str(cause) or type(cause).__name__).splitlines()[0]
       time.sleep(_ABANDONED_READS_SECONDS)
       return None, {}, text[:200]
+
+
+def _handler(wanted: list[jax.ShapeDtypeStruct]) -> ocp.PyTreeCheckpointHandler:
+  """Returns what reads one large array at a time, or several small ones."""
+  num_bytes = [math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in wanted]
+  # Orbax refuses an array as large as the bound; its bytes are decimal.
+  bound = 1.05 * max(num_bytes, default=0) + _SMALL_READ_BYTES
+  return ocp.PyTreeCheckpointHandler(restore_concurrent_gb=bound / 1e9)
 
 
 class _OtherArraysError(ValueError):
@@ -160,6 +187,20 @@ def _fingerprint(x: jax.Array) -> jax.Array:
   place, so exchanged parts show. Integer sums do not depend on their order,
   so neither does the value on how `x` is laid out over devices.
   """
+  if x.ndim < 3:
+    return _weighted_sum(x, jnp.uint32(0))
+  # Layer by layer: XLA on CPUs makes an array of what is summed.
+  layer_size = np.uint32(math.prod(x.shape[1:]) % 2**32)
+
+  def add(i, total):
+    layer = jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
+    return total + _weighted_sum(layer, i.astype(jnp.uint32) * layer_size)
+
+  return jax.lax.fori_loop(0, x.shape[0], add, jnp.uint32(0))
+
+
+def _weighted_sum(x: jax.Array, first: jax.Array) -> jax.Array:
+  """Returns the fingerprint's terms of elements that begin at an index."""
   size = x.dtype.itemsize
   bits = jax.lax.bitcast_convert_type(
     x.astype(jnp.uint8) if x.dtype == bool else x,
@@ -170,7 +211,7 @@ def _fingerprint(x: jax.Array) -> jax.Array:
     index = index * np.uint32(length % 2**32) + jax.lax.broadcasted_iota(
       jnp.uint32, x.shape, axis
     )
-  return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
+  return jnp.sum(bits * (2 * (first + index) + 1), dtype=jnp.uint32)
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:

@@ -1,19 +1,25 @@
 """Where a model comes from: a Hugging Face folder, a hub name or a run.
 
+A run stands for its newest checkpoint, `runs/x/checkpoints/120` for that one.
+
 A run folder holds, beside its checkpoints, `model/`: the decoder's
-`config.json` in Hugging Face format and the tokenizer.
+`config.json` in Hugging Face format and the tokenizer. A run of adapters says
+there, in `lora.json`, what they are and where their base is. Such a run, like
+a folder in PEFT's format, is a model too: its base with the adapters merged.
 """
 
 import dataclasses
+import functools
 import json
+import os
 import pathlib
 from collections.abc import Callable
 
 import jax
 
 from dpo_jax.checkpoints import manager, run_folder
-from dpo_jax.models import huggingface, transformer
-from dpo_jax.models.config import ModelConfig
+from dpo_jax.models import huggingface, huggingface_adapters, lora, transformer
+from dpo_jax.models.config import Lora, ModelConfig
 from dpo_jax.types import Params
 
 
@@ -33,6 +39,27 @@ class ModelSource:
   load: Callable[[ModelConfig, Params], Params]
 
 
+@dataclasses.dataclass(frozen=True)
+class AdapterSource:
+  """Adapters that can be loaded.
+
+  Attributes:
+    folder: holds their tokenizer, if any.
+    base: path or name of the model that they were trained on.
+    lora: what they are, given the base's config.
+    load: (config with that `lora`, shardings) -> adapters on the mesh.
+  """
+
+  folder: str
+  base: str
+  lora: Callable[[ModelConfig], Lora]
+  load: Callable[[ModelConfig, Params], Params]
+
+
+LORA = "lora.json"  # in a run's model folder
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
 def is_run(path: str) -> bool:
   """Returns whether `path` is a run folder."""
   folder = pathlib.Path(path)
@@ -41,19 +68,93 @@ def is_run(path: str) -> bool:
   ).is_dir()
 
 
+def split_step(path: str, step: int | None = None) -> tuple[str, int | None]:
+  """Returns a run folder and the step of the checkpoint that a path names.
+
+  A path that is no checkpoint of a run is returned as it is.
+
+  Raises:
+    ValueError: it names another step than `step`.
+  """
+  folder = pathlib.Path(path).absolute()
+  is_step = folder.name.isdecimal() and folder.parent.name == "checkpoints"
+  run = str(folder.parent.parent)
+  if not (is_step and is_run(run)):
+    return path, step
+  if step not in (None, int(folder.name)):
+    raise ValueError(f"{path} is the checkpoint of that step, not of {step}")
+  return run, int(folder.name)
+
+
+def is_same(one: str, other: str) -> bool:
+  """Returns whether two paths or hub names are of one model."""
+  is_folder = os.path.isdir(one) and os.path.isdir(other)
+  return os.path.samefile(one, other) if is_folder else one == other
+
+
+def write_lora(folder: pathlib.Path, config: Lora, base: str) -> None:
+  """Writes what the adapters of a run are into its model folder."""
+  base = os.path.abspath(base) if os.path.isdir(base) else base
+  values = {"base": base, **dataclasses.asdict(config)}
+  (folder / LORA).write_text(json.dumps(values, indent=2) + "\n")
+
+
+def open_adapter(path: str, *, step: int | None = None) -> AdapterSource | None:
+  """Returns the adapters that a path names; None if it is a whole model.
+
+  Args:
+    path: a run folder, one of its checkpoints, a folder in PEFT's format, or
+      a hub name.
+    step: which checkpoint of a run; the newest by default.
+
+  Raises:
+    ValueError: there is no such model, or adapters that cannot be read.
+  """
+  path, step = split_step(path, step)
+  if not is_run(path):
+    folder = _resolve(path)
+    if not huggingface_adapters.is_adapter(folder):
+      return None
+    values = huggingface_adapters.read_config(folder)
+    return AdapterSource(
+      folder=folder,
+      base=values.get("base_model_name_or_path") or "",
+      lora=functools.partial(huggingface_adapters.read_lora, folder),
+      load=functools.partial(huggingface_adapters.load, folder),
+    )
+  folder = pathlib.Path(path) / run_folder.MODEL_FOLDER
+  if not (folder / LORA).exists():
+    return None
+  values = json.loads((folder / LORA).read_text())
+  return AdapterSource(
+    folder=str(folder),
+    base=values.pop("base"),
+    lora=lambda config: Lora(**values),
+    load=lambda config, shardings: _restore(
+      path, step, lora.shapes(config), shardings
+    ),
+  )
+
+
 def open_model(path: str, *, step: int | None = None) -> ModelSource:
   """Returns what `model.path` names, without reading any weights.
 
   Args:
-    path: a folder in Hugging Face format, a hub name, or a run folder.
+    path: a folder in Hugging Face format, a hub name, a run folder or one of
+      its checkpoints; or an adapter in PEFT's format, which is merged into its
+      base.
     step: which checkpoint of a run. By default the newest; of a reward model
       or classifier the one that its evaluations say is the best.
 
   Raises:
     ValueError: there is no such model, or its architecture is unknown.
   """
+  adapter = open_adapter(path, step=step)
+  if adapter is not None:
+    return _merged(adapter)
+  path, step = split_step(path, step)
   if not is_run(path):
-    folder = huggingface.resolve(path)
+    folder = _resolve(path)
 
     def load_folder(config, shardings):
       return huggingface.load_params(folder, config, shardings)
@@ -68,11 +169,66 @@ def open_model(path: str, *, step: int | None = None) -> ModelSource:
     step = manager.best_step(path, settings["checkpoint"]["metric"])
 
   def load_run(config, shardings):
-    abstract = jax.tree.map(
-      lambda x, layout: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout),
-      transformer.param_shapes(config),
-      shardings,
-    )
-    return manager.restore_params(path, abstract, step)
+    # A run may have padded its vocabulary otherwise.
+    (num_rows, _) = manager.saved_shape(path, "params/embedding", step)
+    saved = dataclasses.replace(config, vocab_multiple=num_rows)
+    mesh = jax.tree.leaves(shardings)[0].mesh
+    layouts = transformer.layouts(mesh, saved)
+    params = _restore(path, step, transformer.param_shapes(saved), layouts)
+    if saved.num_vocab_rows == config.num_vocab_rows:
+      return params
+    fit = functools.partial(transformer.fit_vocabulary, config)
+    return jax.jit(fit, out_shardings=shardings)(params)
 
   return ModelSource(saved, str(folder), load_run)
+
+
+def _resolve(path: str) -> str:
+  """Returns a local folder of a model or an adapter."""
+  folder = huggingface.resolve(path)
+  files = ("config.json", huggingface_adapters.CONFIG)
+  if any(os.path.isfile(os.path.join(folder, name)) for name in files):
+    return folder
+  raise ValueError(
+    f"{path!r} is no model: not a Hugging Face folder ({' or '.join(files)}),"
+    " a run folder (checkpoints/ and model/) or a run's checkpoint"
+    " (checkpoints/<step>)"
+  )
+
+
+def _merged(adapter: AdapterSource) -> ModelSource:
+  """Returns the model that an adapter and its base are together."""
+  if is_same(adapter.base, adapter.folder):
+    raise ValueError(f"{adapter.folder}: the adapter's base is itself")
+  base = open_model(adapter.base)
+  config = lora.with_lora(base.config, adapter.lora(base.config))
+
+  def load(wanted, shardings):
+    adapted = dataclasses.replace(wanted, lora=config.lora)
+    mesh = jax.tree.leaves(shardings)[0].mesh
+    adapters = adapter.load(adapted, lora.layouts(mesh, adapted))
+    merge = jax.jit(
+      functools.partial(lora.merge, adapted),
+      donate_argnums=0,
+      out_shardings=shardings,
+    )
+    return merge(base.load(wanted, shardings), adapters)
+
+  has_own = any(
+    os.path.isfile(os.path.join(adapter.folder, name))
+    for name in TOKENIZER_FILES
+  )
+  tokenizer = adapter.folder if has_own else base.tokenizer
+  return ModelSource(base.config, tokenizer, load)
+
+
+def _restore(
+  run: str, step: int | None, shapes: Params, shardings: Params
+) -> Params:
+  """Returns parameters of these shapes from a run's checkpoint."""
+  abstract = jax.tree.map(
+    lambda x, layout: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout),
+    shapes,
+    shardings,
+  )
+  return manager.restore_params(run, abstract, step)

@@ -60,11 +60,12 @@ def make_settings(path: str, *, dtype: str = "auto", **given: Any) -> Settings:
     ValueError: beta or reference is missing, or out of range.
   """
   defaults = {"max_length": 512, "max_prompt_length": 256}
-  file = pathlib.Path(path) / "config.json"
-  if source.is_run(path) and file.exists():
+  run, _ = source.split_step(path)
+  file = pathlib.Path(run) / "config.json"
+  if source.is_run(run) and file.exists():
     config = json.loads(file.read_text())
     defaults = {
-      "reference": config["reference"]["path"] or config["model"]["path"],
+      "reference": _reference_of(config),
       "beta": config["loss"]["beta"],
       "max_length": config["data"]["max_length"],
       "max_prompt_length": config["data"]["max_prompt_length"],
@@ -80,6 +81,14 @@ def make_settings(path: str, *, dtype: str = "auto", **given: Any) -> Settings:
     raise ValueError(f"beta={settings['beta']:g}: must be above 0")
   dtype = sharding.matmul_dtype(dtype)
   return Settings(source=path, dtype=dtype, **settings)
+
+
+def _reference_of(config):
+  """Returns the path of a run's reference; empty where it has none."""
+  base, reference = config["model"]["path"], config["reference"]
+  if reference["mode"] == "adapter_off":
+    return base
+  return reference["path"] or config.get("lora", {}).get("path") or base
 
 
 def evaluate(
@@ -198,9 +207,7 @@ def model_logps(
     )
   mesh = sharding.make_mesh()
   num_rows = SHARD_ROWS * sharding.num_row_shards(mesh)
-  layouts = sharding.array_shardings(
-    mesh, transformer.logical_axes(model), transformer.param_shapes(model)
-  )
+  layouts = transformer.layouts(mesh, model)
   layout = packing.layout_for_window(tokens.lengths, "mirrored", model.window)
   if layout != "mirrored":
     print(

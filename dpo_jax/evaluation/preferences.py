@@ -6,12 +6,12 @@ import jax
 import numpy as np
 
 from dpo_jax.training import state, steps
-from dpo_jax.types import Batch, Params
+from dpo_jax.types import Batch
 
 
 def evaluate(
   scorer: steps.Scorer,
-  score_step: Callable[[Params, Params | None, Batch], steps.PairScores],
+  score_step: Callable[..., steps.PairScores],
   batches: Iterable[Batch],
   train_state: state.TrainState,
 ) -> dict[str, float]:
@@ -32,7 +32,9 @@ def evaluate(
   """
   scores, lengths, score_gaps = [], [], []
   for batch in batches:
-    result = score_step(train_state.params, train_state.reference, batch)
+    result = score_step(
+      train_state.params, train_state.reference, batch, train_state.base
+    )
     scores.append(jax.device_get(result))
     lengths.append(jax.device_get(batch.lengths))
     score_gaps.append(jax.device_get(batch.score_gaps))

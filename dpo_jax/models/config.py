@@ -36,6 +36,27 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class Lora:
+  """Adapters of low rank beside frozen weights; see `lora`.
+
+  Attributes:
+    rank: of what an adapter adds to a kernel, at least 1.
+    alpha: it is multiplied by alpha / rank; above 0.
+    targets: pattern of the whole name of each projection that has one.
+    dtype: what they are kept in.
+  """
+
+  rank: int
+  alpha: float
+  targets: str
+  dtype: str = "float32"
+
+  @property
+  def scale(self) -> float:
+    return self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """A decoder's shape, and how it is computed. Hashable.
 
@@ -63,9 +84,12 @@ class ModelConfig:
     experts_per_token: how many it picks.
     dtype: what activations are computed in.
     param_dtype: what parameters are kept in.
+    vocab_multiple: embedding and head have rows up to a multiple of it, so
+      that a mesh divides them; no token is one of those.
     remat: which activations of a block the backward pass recomputes: `none`
       of them, all of them (`full`), or all but the outputs of its
       projections (`dots`).
+    lora: the adapters that the parameters may have; None: they have none.
   """
 
   family: str
@@ -103,7 +127,9 @@ class ModelConfig:
   experts_per_token: int = 0
   dtype: str = "float32"
   param_dtype: str = "float32"
+  vocab_multiple: int = 1
   remat: str = "none"
+  lora: Lora | None = None
 
   def __post_init__(self):
     for name, known in {**CHOICES, "family": tuple(FAMILIES)}.items():
@@ -128,11 +154,20 @@ class ModelConfig:
         f"model window={self.window} and {len(self.sliding)} entries of"
         f" sliding: there are {self.num_layers} layers"
       )
+    if self.vocab_multiple < 1:
+      raise ValueError(
+        f"model vocab_multiple={self.vocab_multiple}: must be at least 1"
+      )
     if not 0 <= self.experts_per_token <= self.num_experts:
       raise ValueError(
         f"model experts_per_token={self.experts_per_token}: there are"
         f" {self.num_experts} experts"
       )
+
+  @property
+  def num_vocab_rows(self) -> int:
+    """How many rows the embedding and the head have."""
+    return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
 
 _LLAMA = {

@@ -8,7 +8,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import huggingface_hub
@@ -76,9 +76,9 @@ def load_params(
 ) -> Params:
   """Returns the folder's parameters in `config.param_dtype`, on devices.
 
-  Files are memory-mapped. A device's slice of a parameter is copied from them
-  on its own, and one parameter is finished before the next is begun, so the
-  host never holds more than one.
+  A device's slice of a parameter is copied from the files tensor by tensor and
+  is placed before the next is begun, so the host never holds more than one
+  slice, and of the files one tensor.
 
   Args:
     folder: holds model.safetensors, or an index of several files.
@@ -94,26 +94,20 @@ def load_params(
 
   def load(path, leaf, sharding):
     place = places[huggingface_names.leaf_name(path)]
-
     num_stacked = place.tensor.num_stacked
 
     def read(index):
-      stacked = [
-        range(size)[at] for size, at in zip(leaf.shape[:num_stacked], index)
-      ]
-      views = [
-        place.view(stored, *at)[index[num_stacked:]]
-        for at in itertools.product(*stacked)
-      ]
-      # Converts the dtype while it copies, without an array between.
-      out = np.empty((len(views), *views[0].shape), leaf.dtype)
-      for part, view in zip(out, views):
-        part[...] = view
-      return out.reshape(*map(len, stacked), *views[0].shape)
+      ranges = [range(size)[at] for size, at in zip(leaf.shape, index)]
+      # Rows that pad a vocabulary are in no file.
+      out = np.zeros([len(x) for x in ranges], leaf.dtype)
+      parts = out.reshape(-1, *out.shape[num_stacked:])
+      for part, at in zip(parts, itertools.product(*ranges[:num_stacked])):
+        # Converts the dtype while it copies, without an array between.
+        view = place.view(stored, *at)[index[num_stacked:]]
+        part[: len(view)] = view
+      return out
 
-    return jax.block_until_ready(
-      jax.make_array_from_callback(leaf.shape, sharding, read)
-    )
+    return _place(leaf.shape, sharding, read)
 
   shapes = transformer.param_shapes(config)
   return jax.tree_util.tree_map_with_path(load, shapes, shardings)
@@ -164,7 +158,7 @@ def save_model(
       for output in members
     }
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    _write_json(os.path.join(folder, INDEX), index)
+    write_json(os.path.join(folder, INDEX), index)
   write_config(
     folder, config, bos_token_id=bos_token_id, eos_token_id=eos_token_id
   )
@@ -182,18 +176,38 @@ def write_config(
   values |= {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
   # Some families have a default, which a smaller vocabulary may not hold.
   values["pad_token_id"] = None
-  _write_json(os.path.join(folder, "config.json"), values)
+  write_json(os.path.join(folder, "config.json"), values)
 
 
-def _write_json(path: str, values: dict[str, Any]) -> None:
+def write_json(path: str, values: dict[str, Any]) -> None:
   """Writes an indented JSON file."""
   with open(path, "w") as file:
     json.dump(values, file, indent=2)
     file.write("\n")
 
 
-def _open_folder(folder: str, config: ModelConfig) -> dict[str, np.ndarray]:
-  """Returns memory-mapped tensors by name, those that we have a use for."""
+def _place(
+  shape: tuple[int, ...],
+  layout: jax.sharding.Sharding,
+  read: Callable[[tuple[slice, ...]], np.ndarray],
+) -> jax.Array:
+  """Returns the array of which `read` gives any slice, one at a time."""
+  devices = {}
+  for device, index in layout.addressable_devices_indices_map(shape).items():
+    devices.setdefault(str(index), (index, []))[1].append(device)
+  pieces = []
+  for index, holders in devices.values():
+    piece = read(index)
+    placed = [jax.device_put(piece, device) for device in holders]
+    pieces += jax.block_until_ready(placed)
+    del piece
+  return jax.make_array_from_single_device_arrays(shape, layout, pieces)
+
+
+def _open_folder(
+  folder: str, config: ModelConfig
+) -> dict[str, safetensors.Stored]:
+  """Returns the tensors by name, those that we have a use for."""
   names = [WEIGHTS]
   if not os.path.isfile(os.path.join(folder, WEIGHTS)):
     path = os.path.join(folder, INDEX)
@@ -218,7 +232,7 @@ def _open_folder(folder: str, config: ModelConfig) -> dict[str, np.ndarray]:
 
 def _check(
   folder: str,
-  stored: dict[str, np.ndarray],
+  stored: dict[str, safetensors.Stored],
   places: dict[str, huggingface_names.Place],
   config: ModelConfig,
 ) -> None:
@@ -268,7 +282,7 @@ def _outputs(config: ModelConfig, params: Params) -> list[safetensors.Output]:
 
     def fetch():
       arrays = [
-        _to_host(leaf, index).reshape(
+        to_host(leaf, index)[: place.shape[0]].reshape(
           place.shape if tensor.by_head else place.matrix_shape
         )
         for place, leaf in parts
@@ -307,13 +321,19 @@ def _part(leaf: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
   return leaf
 
 
-def _to_host(leaf: jax.Array, index: tuple[int, ...]) -> np.ndarray:
+def to_host(leaf: jax.Array, index: tuple[int, ...] = ()) -> np.ndarray:
   """Returns a parameter, or its part at a layer, on every process."""
   if index:
     with jax.transfer_guard("allow"):  # The index is on the host.
       leaf = _part(leaf, index)
   if leaf.is_fully_addressable:
-    return jax.device_get(leaf)
+    # Another object: an array keeps the host's copy of it as long as it lives.
+    pieces = [shard.data for shard in leaf.addressable_shards]
+    return jax.device_get(
+      jax.make_array_from_single_device_arrays(
+        leaf.shape, leaf.sharding, pieces
+      )
+    )
   return multihost_utils.process_allgather(leaf, tiled=True)
 
 

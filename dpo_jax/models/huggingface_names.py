@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dpo_jax.models import transformer
+from dpo_jax.models import safetensors, transformer
 from dpo_jax.models.config import ModelConfig
 
 
@@ -262,9 +262,11 @@ class Place:
     shape = (*self.matrix_shape[:-1], sum(self.parts))
     return shape[::-1] if self.tensor.transposed else shape
 
-  def view(self, stored: dict[str, np.ndarray], *index: int) -> np.ndarray:
+  def view(
+    self, stored: dict[str, safetensors.Stored], *index: int
+  ) -> np.ndarray:
     """Returns the parameter at this layer and expert, without copying it."""
-    matrix = stored[self.tensor.name.format(*index)]
+    matrix = stored[self.tensor.name.format(*index)].view()
     matrix = matrix.T if self.tensor.transposed else matrix
     if self.tensor.by_head:
       *rest, heads, width = self.shape
@@ -285,13 +287,16 @@ def join(tensor: Tensor, arrays: list[np.ndarray]) -> np.ndarray:
   if tensor.by_head:
     joined = np.stack(arrays, axis=-2)
     joined = joined.reshape(*joined.shape[:-3], -1)
+  elif len(arrays) == 1:
+    (joined,) = arrays
   else:
     joined = np.concatenate(arrays, axis=-1)
   return joined.T if tensor.transposed else joined
 
 
 def places(config: ModelConfig) -> dict[str, Place]:
-  """Returns the place of each parameter by its path."""
+  """Returns the place of each parameter by its path; files have no padding."""
+  config = dataclasses.replace(config, vocab_multiple=1)
   entries = {
     leaf: (tensor, part)
     for tensor in TENSORS[config.family]

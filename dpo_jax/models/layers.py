@@ -148,6 +148,44 @@ def make_head_norm(config: ModelConfig, name: str) -> nn.Module:
   )
 
 
+class Projection(nn.DenseGeneral):
+  """A projection, with what the collection `lora` adds to it, if anything.
+
+  y = x W + s (x B) A, with B the variable `first` and A the variable `last`
+  (Hu et al. 2021, arXiv 2106.09685, equation 3; they, and PEFT, write the
+  product W x + s B A x and so call the factor next to the input A).
+
+  W may be the int8 kernel of `lora.quantize`: a layer's is brought back when
+  it is used.
+  """
+
+  lora_scale: float = 0.0
+
+  @nn.nowrap
+  def param(self, *args: Any, **kwargs: Any) -> jax.Array:
+    """Returns a parameter, an int8 one in the dtype of its scales."""
+    value = super().param(*args, **kwargs)
+    if isinstance(value, Array):
+      return value
+    import qwix  # Needed for such a kernel alone.
+
+    return qwix.dequantize(value)
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Returns [R,T,...] in `dtype`."""
+    y = super().__call__(x)
+    if not self.has_variable("lora", "first"):
+      return y
+    first, last = (
+      self.get_variable("lora", name).astype(self.dtype)
+      for name in ("first", "last")
+    )
+    narrow = jnp.tensordot(x.astype(self.dtype), first, first.ndim - 1)
+    narrow = sharding.constrain(narrow, "rows", None, None)
+    return y + self.lora_scale * jnp.tensordot(narrow, last, 1)
+
+
 def make_projection(
   config: ModelConfig,
   features: int | tuple[int, ...],
@@ -162,7 +200,7 @@ def make_projection(
   how many there are, so that its variance does not grow with depth (Radford
   et al. 2019, section 2.3).
   """
-  return nn.DenseGeneral(
+  return Projection(
     features,
     axis=axis,
     use_bias=name in config.biases,
@@ -170,6 +208,7 @@ def make_projection(
     param_dtype=jnp.dtype(config.param_dtype),
     kernel_init=make_init(config, to_residual=to_residual),
     dot_general=_dot_tokens,
+    lora_scale=config.lora.scale if config.lora else 0.0,
     name=name,
   )
 

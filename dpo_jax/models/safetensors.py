@@ -1,4 +1,4 @@
-"""Files in safetensors format: read as memory maps, written in a stream."""
+"""Files in safetensors format: read tensor by tensor, written in a stream."""
 
 import contextlib
 import dataclasses
@@ -18,21 +18,47 @@ DTYPES = {
 }
 
 
-def open_file(path: str) -> dict[str, np.ndarray]:
-  """Returns the tensors of a file by name, as views of its memory map."""
+@dataclasses.dataclass(frozen=True)
+class Stored:
+  """A tensor in a file.
+
+  Attributes:
+    path: of the file.
+    begin: where the data begins there, in bytes.
+  """
+
+  path: str
+  begin: int
+  shape: tuple[int, ...]
+  dtype: np.dtype
+
+  def view(self) -> np.ndarray:
+    """Returns a memory map, whose pages are let go of with the last view."""
+    size = math.prod(self.shape) * self.dtype.itemsize
+    if not size:
+      return np.zeros(self.shape, self.dtype)
+    data = np.memmap(self.path, mode="r", offset=self.begin, shape=(size,))
+    return data.view(self.dtype).reshape(self.shape)
+
+
+def open_file(path: str) -> dict[str, Stored]:
+  """Returns the tensors of a file by name; reads its header alone."""
   if not os.path.isfile(path):
     raise ValueError(f"no such file {path}")
-  data = np.memmap(path, mode="r")
-  tensors = {}
+  stored = {}
   try:
     # The file: the header's length in 8 bytes, the header, then the data.
-    start = 8 + int(data[:8].view("<u8")[0])
-    header = json.loads(bytes(data[8:start]))
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+      start = 8 + int.from_bytes(file.read(8), "little")
+      header = json.loads(file.read(min(start, size) - 8))
     header.pop("__metadata__", None)
     for name, entry in header.items():
       begin, end = (start + offset for offset in entry["data_offsets"])
-      flat = data[begin:end].view(DTYPES[entry["dtype"]])
-      tensors[name] = flat.reshape(entry["shape"])
+      shape, dtype = tuple(entry["shape"]), DTYPES[entry["dtype"]]
+      if end > size or end - begin != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{name} has not as many bytes as it should")
+      stored[name] = Stored(path, begin, shape, dtype)
   except KeyError as error:
     raise ValueError(
       f"{path}: {error} is not a dtype that can be read; known:"
@@ -40,7 +66,7 @@ def open_file(path: str) -> dict[str, np.ndarray]:
     ) from error
   except (ValueError, IndexError) as error:
     raise ValueError(f"{path} is not a whole safetensors file") from error
-  return tensors
+  return stored
 
 
 @dataclasses.dataclass(frozen=True)

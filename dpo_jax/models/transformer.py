@@ -4,6 +4,7 @@ The blocks are one `nn.scan` over parameters stacked on a leading layer axis,
 so compile time does not grow with depth.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -50,6 +51,9 @@ AXES = {
 
 # The name of a block whose variables are arrays of their own.
 BLOCK = "block_{}"
+
+# The parameters with a row for each token.
+VOCABULARY = ("embedding", "head", "head_bias")
 
 # Which outputs of a block are kept for its backward pass.
 REMAT_POLICIES = {
@@ -141,7 +145,11 @@ class Decoder(nn.Module):
   ) -> jax.Array:
     """Returns [R,T,D] in `config.dtype`."""
     config = self.config
-    table_shape = (config.vocab_size, config.d_model)
+    table_shape = (config.num_vocab_rows, config.d_model)
+    if config.num_vocab_rows > config.vocab_size:
+      # What is no token gives NaN, with padding as without.
+      is_token = tokens < config.vocab_size
+      tokens = jnp.where(is_token, tokens, config.num_vocab_rows)
     x = _look_up(self._table("embedding", table_shape), tokens)
     angles = None
     if config.positions == "learned":
@@ -157,7 +165,7 @@ class Decoder(nn.Module):
     elif not config.tied:
       self._table("head", table_shape)
     if has_vocabulary and "head" in config.biases:
-      shape, dtype = (config.vocab_size,), jnp.dtype(config.param_dtype)
+      shape, dtype = (config.num_vocab_rows,), jnp.dtype(config.param_dtype)
       self.param("head_bias", nn.initializers.zeros, shape, dtype)
     x = x.astype(config.dtype)
     if config.scaled_embedding:
@@ -188,7 +196,7 @@ class Decoder(nn.Module):
       )
     blocks = nn.scan(
       block,
-      variable_axes={"params": 0, "routing": 0},
+      variable_axes={"params": 0, "lora": 0, "routing": 0},
       split_rngs={"params": True},
       in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
       length=config.num_layers,
@@ -229,10 +237,29 @@ def init_params(config: ModelConfig, rng: PRNGKeyArray) -> Params:
   """Returns new parameters in `config.param_dtype`, blocks stacked [L,...].
 
   Weights are normal with deviation 0.02 (those that add to the residual
-  stream divided by sqrt(2 L)), norms multiply by one, biases are zero.
+  stream divided by sqrt(2 L)), norms multiply by one, biases are zero; rows
+  of the vocabulary's padding are zero too.
   """
   nothing = jnp.zeros((1, 1), jnp.int32)
-  return Decoder(config).init(rng, *[nothing] * 4)["params"]
+  whole = dataclasses.replace(config, vocab_multiple=1)
+  params = Decoder(whole).init(rng, *[nothing] * 4)["params"]
+  return fit_vocabulary(config, params)
+
+
+def fit_vocabulary(config: ModelConfig, params: Params) -> Params:
+  """Returns parameters with the config's padding in place of theirs."""
+  padding = config.num_vocab_rows - config.vocab_size
+
+  def fit(table):
+    tokens = table[: config.vocab_size]
+    return jnp.pad(tokens, ((0, padding), *[(0, 0)] * (table.ndim - 1)))
+
+  is_table = lambda name, x: (
+    name in VOCABULARY and len(x) != config.num_vocab_rows
+  )
+  return {
+    name: fit(x) if is_table(name, x) else x for name, x in params.items()
+  }
 
 
 def param_shapes(config: ModelConfig) -> Params:
@@ -256,6 +283,13 @@ def logical_axes(config: ModelConfig) -> dict[str, Any]:
   return jax.tree_util.tree_map_with_path(axes_of, param_shapes(config))
 
 
+def layouts(mesh: Any, config: ModelConfig) -> Params:
+  """Returns the layout of each parameter on a mesh."""
+  return sharding.array_shardings(
+    mesh, logical_axes(config), param_shapes(config)
+  )
+
+
 @typed
 def hidden_states(
   config: ModelConfig,
@@ -269,7 +303,7 @@ def hidden_states(
 
   Args:
     config: the model.
-    params: its parameters.
+    params: its parameters, and under `lora` adapters, if it is to use any.
     tokens: token ids below `config.vocab_size`; others give NaN.
     positions: position ids; with learned positions, those from
       `config.max_positions` on give NaN.
@@ -283,7 +317,7 @@ def hidden_states(
     States in `config.dtype`; `unembedding` turns them into logits.
   """
   return Decoder(config).apply(
-    {"params": params}, tokens, positions, key_start, key_end
+    _variables(params), tokens, positions, key_start, key_end
   )
 
 
@@ -297,7 +331,7 @@ def hidden_states_and_routing(
 ) -> tuple[jax.Array, moe.Routing]:
   """Returns `hidden_states` of a model with experts, and what they saw."""
   states, sown = Decoder(config).apply(
-    {"params": params},
+    _variables(params),
     *(tokens, positions, key_start, key_end),
     mutable=["routing"],
   )
@@ -395,6 +429,14 @@ def make_cache(prompt: Params, num_rows: int, length: int) -> Params:
   return jax.tree.map(room, prompt)
 
 
+def _variables(params: Params) -> dict[str, Params]:
+  """Returns the collections of the decoder: the weights, and the adapters."""
+  weights = {name: x for name, x in params.items() if name != "lora"}
+  if "lora" not in params:
+    return {"params": weights}
+  return {"params": weights, "lora": params["lora"]}
+
+
 def unembedding(config: ModelConfig, params: Params) -> Unembedding:
   """Returns what turns a state into logits, parameters as stored.
 
@@ -409,5 +451,6 @@ def unembedding(config: ModelConfig, params: Params) -> Unembedding:
   return Unembedding(
     table=params["embedding"] if config.tied else params["head"],
     bias=params.get("head_bias"),
+    vocab_size=config.vocab_size,
     soft_cap=config.logit_soft_cap,
   )

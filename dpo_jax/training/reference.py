@@ -5,6 +5,8 @@ cached  a file, written once and read by every run that needs the same ones:
         the step holds no reference and computes none. Rows are packed in
         another order there, so values differ by rounding; where policy equals
         reference, margins are 1e-5 nats instead of 0 and accuracy is chance
+adapter_off
+        the policy's base with the adapters left out: no second copy of it
 ema     as live, and every few updates it moves part of the way to the policy
 sync    as live, and every few updates it becomes the policy
 none    nowhere: the loss has no reference
@@ -34,7 +36,7 @@ from dpo_jax.losses import objectives
 from dpo_jax.models import config as model_config
 from dpo_jax.types import Array, Params
 
-MODES = ("live", "cached", "ema", "sync", "none")
+MODES = ("live", "cached", "adapter_off", "ema", "sync", "none")
 MOVING_MODES = ("ema", "sync")
 ALPHA, EVERY = 0.6, 512  # TR-DPO's soft weight and its hard interval
 # To be raised with any change of what is in a cache of log-probabilities.
@@ -150,20 +152,49 @@ def make_reference(
   return Reference(mode, model, alpha, every)
 
 
-def check_mode(mode: str, objective: objectives.Objective) -> None:
-  """Raises ValueError unless a run of this loss can have this mode."""
+def check_mode(
+  mode: str,
+  path: str,
+  objective: objectives.Objective,
+  *,
+  has_adapters: bool,
+) -> None:
+  """Raises ValueError unless a run can have this mode and this path.
+
+  Args:
+    mode: `reference.mode`.
+    path: `reference.path`.
+    objective: the loss.
+    has_adapters: whether adapters are trained.
+  """
   if mode not in MODES:
     raise ValueError(
       f"unknown reference.mode {mode!r}; known: {', '.join(MODES)}"
     )
-  if mode == "none" and objective.needs_reference:
-    raise ValueError(
-      f"reference.mode='none': loss {objective.name!r} needs a reference"
-    )
-  if mode in MOVING_MODES and not objective.needs_reference:
-    raise ValueError(
-      f"reference.mode={mode!r}: loss {objective.name!r} has no reference"
-    )
+  has_reference, name = objective.needs_reference, objective.name
+  problems = {
+    f"reference.mode={mode!r}: loss {name!r} needs a reference": (
+      mode == "none" and has_reference
+    ),
+    f"reference.mode={mode!r}: loss {name!r} has no reference": (
+      mode in MOVING_MODES and not has_reference
+    ),
+    f"reference.path={path!r}: loss {name!r} has no reference": (
+      path and not has_reference
+    ),
+    f"reference.mode={mode!r}: there are no adapters to leave out; give"
+    " lora.rank above 0": mode == "adapter_off" and not has_adapters,
+    f"reference.path={path!r}: reference.mode={mode!r} is the base alone": (
+      path and mode == "adapter_off"
+    ),
+    f"reference.mode={mode!r} with lora.rank above 0: a reference of adapters"
+    " does not move; known: live, cached, adapter_off, none": (
+      mode in MOVING_MODES and has_adapters
+    ),
+  }
+  for message, is_so in problems.items():
+    if is_so:
+      raise ValueError(message)
 
 
 def cache_key(
@@ -185,7 +216,8 @@ def cache_key(
     objective: of the loss, `ld_alpha` alone enters.
   """
   shape = dataclasses.asdict(model)
-  del shape["remat"]  # changes nothing without a backward pass
+  # Neither changes a log-probability.
+  del shape["remat"], shape["vocab_multiple"]
   settings = [
     CACHE_VERSION,
     shape,

@@ -16,17 +16,27 @@ from dpo_jax.types import Array, Params
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-  """The policy, its optimizer and loss state, and a reference that is run."""
+  """The policy, its optimizer and loss state, and a reference that is run.
+
+  With LoRA `params` are the policy's adapters and `base` is what they are
+  added to; a reference is then adapters too, or None for the base alone.
+  """
 
   step: Array  # i32[]  updates done
   params: Params
   opt_state: Any
   reference: Params | None = None
   loss_state: dict[str, Array] | None = None  # f32[]  of running means
+  base: Params | None = None  # frozen
 
-  def without_reference(self) -> "TrainState":
-    """Returns what a checkpoint holds of a run whose reference stays."""
-    return dataclasses.replace(self, reference=None)
+  def without_frozen(self, *, reference: bool) -> "TrainState":
+    """Returns what a checkpoint holds: not the base, which is read again.
+
+    Args:
+      reference: whether the reference stays too.
+    """
+    kept = None if reference else self.reference
+    return dataclasses.replace(self, reference=kept, base=None)
 
 
 def opt_state_shardings(

@@ -19,7 +19,7 @@ import optax
 from dpo_jax.losses import logprobs, modifiers, objectives
 from dpo_jax.losses.registry import PairLogps
 from dpo_jax.models import config as model_config
-from dpo_jax.models import heads, moe, transformer
+from dpo_jax.models import heads, lora, moe, transformer
 from dpo_jax.training import metrics as metrics_lib
 from dpo_jax.training import reference as reference_lib
 from dpo_jax.training import state as state_lib
@@ -67,17 +67,21 @@ class Scorer:
     reference_params: Params | None,
     rows: Rows,
     lengths: Array,
+    base: Params | None = None,
     *,
     with_routing: bool = False,
   ) -> PairScores:
     """Returns the scores of the pairs in `rows`, and 0 for all others.
 
-    The reference and the weights carry no gradient. `with_routing` adds what
-    the policy's experts saw, if it has any.
+    The reference and the weights carry no gradient. `base` is what adapters
+    are added to, where the parameters are that; see `lora.over`.
+    `with_routing` adds what the policy's experts saw, if it has any.
     """
+    params = lora.over(base, params)
     weights = self.objective.token_weights(rows, lengths)
     reference = None
     if self.reference is not None:
+      reference_params = lora.over(base, reference_params)
       tokens, _ = self._token_logps(self.reference, reference_params, rows)
       reference = jax.lax.stop_gradient(
         logprobs.response_sums(tokens.logps * weights, rows, lengths.shape)
@@ -244,7 +248,12 @@ def make_train_step(
 
   def step(state, batch):
     scores, losses, grads = gradient(
-      scorer, state.params, state.reference, batch, state.loss_state
+      scorer,
+      state.params,
+      state.reference,
+      batch,
+      state.loss_state,
+      state.base,
     )
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     metrics = scorer.metrics(scores, losses, batch.lengths)
@@ -275,13 +284,16 @@ def make_train_step(
 
 def make_score_step(
   scorer: Scorer, *, with_routing: bool = False
-) -> Callable[[Params, Params | None, Batch], PairScores]:
-  """Returns `score(params, reference, batch) -> PairScores`, no gradient."""
+) -> Callable[..., PairScores]:
+  """Returns `score(params, reference, batch, base=None) -> PairScores`.
 
-  def score(params, reference, batch):
+  Without gradient; the arguments are those of `Scorer.scores`.
+  """
+
+  def score(params, reference, batch, base=None):
     def body(rows, with_routing=with_routing):
       return scorer.scores(
-        params, reference, rows, batch.lengths, with_routing=with_routing
+        params, reference, rows, batch.lengths, base, with_routing=with_routing
       )
 
     scores = _loop(batch.rows, batch.num_microbatches, body)
@@ -326,7 +338,7 @@ def _loop(rows: Rows, count: Array, body: Callable[[Rows], Any]) -> Any:
   )
 
 
-def _pairwise_gradient(scorer, params, reference, batch, loss_state):
+def _pairwise_gradient(scorer, params, reference, batch, loss_state, base=None):
   """Returns scores, losses f[B] and gradients in one pass over the rows.
 
   Mismatched responses are scored before it; what they say is the same for
@@ -338,12 +350,12 @@ def _pairwise_gradient(scorer, params, reference, batch, loss_state):
     others = _loop(
       batch.mismatched,
       batch.num_mismatched,
-      lambda rows: scorer.scores(params, reference, rows, batch.lengths),
+      lambda rows: scorer.scores(params, reference, rows, batch.lengths, base),
     )
 
   def loss_fn(params, rows):
     own = scorer.scores(
-      params, reference, rows, batch.lengths, with_routing=True
+      params, reference, rows, batch.lengths, base, with_routing=True
     )
     here = _present(rows, shape)
     seen = own
@@ -369,14 +381,14 @@ def _pairwise_gradient(scorer, params, reference, batch, loss_state):
   return _with_cached(scores, batch.reference), losses, grads
 
 
-def _coupled_gradient(scorer, params, reference, batch, loss_state):
+def _coupled_gradient(scorer, params, reference, batch, loss_state, base=None):
   """Returns the same for a loss that looks across the batch.
 
   The first pass scores every pair; the loss of all of them then says what
   each log-probability weighs; the second pass applies those weights.
   """
   score = make_score_step(scorer, with_routing=True)
-  scores = score(params, reference, batch)
+  scores = score(params, reference, batch, base)
 
   policy_only = dataclasses.replace(scorer, reference=None)
   batch_loss = lambda scores: scorer.mean_loss(scores, batch, loss_state)
@@ -389,7 +401,7 @@ def _coupled_gradient(scorer, params, reference, batch, loss_state):
         lambda weight, score: jnp.sum(weight * score),
         weights,
         policy_only.scores(
-          params, None, rows, batch.lengths, with_routing=True
+          params, None, rows, batch.lengths, base, with_routing=True
         ),
       )
       return sum(jax.tree.leaves(terms))

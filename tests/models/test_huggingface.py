@@ -7,6 +7,7 @@ to renew the numbers.
 
 import dataclasses
 import json
+import mmap
 import pathlib
 import shutil
 
@@ -254,8 +255,9 @@ def test_views_do_not_copy_the_file():
   config = huggingface.read_config(str(GOLDEN / "gpt2"))
   for place in huggingface.huggingface_names.places(config).values():
     view = place.view(stored, 0)
-    source = stored[place.tensor.name.format(0)]
-    assert np.shares_memory(view, source), place.tensor.name
+    while isinstance(view, np.ndarray):
+      view = view.base
+    assert isinstance(view, mmap.mmap), place.tensor.name
 
 
 def test_tensors_that_do_not_fit_are_named(tmp_path):
