@@ -4,6 +4,7 @@
 holds which of our parameters.
 """
 
+import dataclasses
 import itertools
 import json
 import os
@@ -204,9 +205,26 @@ def _place(
   return jax.make_array_from_single_device_arrays(shape, layout, pieces)
 
 
+@dataclasses.dataclass(frozen=True)
+class _LogOdds:
+  """A classifier's tensor for two labels, as the one row that we keep."""
+
+  stored: safetensors.Stored
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    count, *rest = self.stored.shape
+    return (count - 1, *rest)
+
+  def view(self) -> np.ndarray:
+    """Returns f32[1,D]."""
+    first, second = self.stored.view()
+    return (second.astype(np.float32) - first)[None]
+
+
 def _open_folder(
   folder: str, config: ModelConfig
-) -> dict[str, safetensors.Stored]:
+) -> dict[str, safetensors.Stored | _LogOdds]:
   """Returns the tensors by name, those that we have a use for."""
   names = [WEIGHTS]
   if not os.path.isfile(os.path.join(folder, WEIGHTS)):
@@ -224,7 +242,7 @@ def _open_folder(
       bare = key.removeprefix(prefix)
       if not re.fullmatch(unused, bare):
         if bare == huggingface_names.SCORE and config.head == "classifier":
-          tensor = tensor[1:2].astype(np.float32) - tensor[:1]
+          tensor = _LogOdds(tensor)
         is_head = bare.startswith(huggingface_names.HEAD_PREFIXES)
         stored[bare if is_head else prefix + bare] = tensor
   return stored
@@ -232,7 +250,7 @@ def _open_folder(
 
 def _check(
   folder: str,
-  stored: dict[str, safetensors.Stored],
+  stored: dict[str, safetensors.Stored | _LogOdds],
   places: dict[str, huggingface_names.Place],
   config: ModelConfig,
 ) -> None:
