@@ -20,9 +20,36 @@ from dpo_jax.data import dataset, loader, packing, synthetic, tokenize
 from dpo_jax.losses import objectives
 from dpo_jax.models import config as model_config
 from dpo_jax.models import transformer
-from dpo_jax.training import loop, optimizers, state, steps
+from dpo_jax.sampling import decode
+from dpo_jax.training import loop, optimizers, ppo, state, steps
 from dpo_jax.training import reference as reference_lib
 from dpo_jax.types import Params
+
+PPO = "ppo"  # the loss whose responses are sampled
+
+
+@dataclasses.dataclass(frozen=True)
+class Reinforcement:
+  """What a run of PPO needs besides.
+
+  Attributes:
+    settings: of its updates.
+    sampling: of its responses.
+    rows: what these are packed into.
+    reward: a name of `rewards.registry`.
+    seed: of samples and of the order of minibatches.
+  """
+
+  settings: ppo.Settings
+  sampling: decode.Settings
+  rows: ppo.RowSettings
+  reward: str
+  seed: int
+
+  @property
+  def updates_per_step(self) -> int:
+    """Updates of the parameters in an iteration, which is a step of a run."""
+    return self.settings.epochs * self.settings.minibatches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +68,12 @@ class Experiment:
     cache_dir: folder of the caches of tokens and log-probabilities.
     optimizer: clips and updates.
     learning_rate: as a function of the updates done.
-    loader: the training batches.
+    loader: the training batches; of PPO, those of its prompts.
     eval_loader: the batches of the held-out pairs, if there are any.
     schedule: when to log, evaluate, save and end.
     num_checkpoints: how many of the last ones are kept.
     wandb_project: where to send metrics besides; empty for nowhere.
+    reinforcement: of PPO; None for all other losses.
   """
 
   settings: dict[str, Any]
@@ -64,6 +92,7 @@ class Experiment:
   schedule: loop.Schedule
   num_checkpoints: int
   wandb_project: str
+  reinforcement: Reinforcement | None = None
 
 
 def build(config: ConfigDict) -> Experiment:
@@ -88,7 +117,15 @@ def build(config: ConfigDict) -> Experiment:
     config, objective, tokenizer, mesh, models
   )
   total_steps = _total_steps(config, train_loader)
-  learning_rate, optimizer = _make_optimizer(config, total_steps)
+  load_policy = _make_load_policy(config, opened, policy, shardings)
+  reinforcement, num_updates = None, total_steps
+  if config.loss.name == PPO:
+    reinforcement = _make_reinforcement(config, train_loader)
+    num_updates *= reinforcement.updates_per_step
+    load_policy, shardings = ppo.with_value_head(
+      load_policy, shardings, policy, mesh
+    )
+  learning_rate, optimizer = _make_optimizer(config, num_updates)
   return Experiment(
     settings=to_plain(config),
     mesh=mesh,
@@ -102,7 +139,7 @@ def build(config: ConfigDict) -> Experiment:
       router_loss=config.model.router_loss,
     ),
     shardings=shardings,
-    load_policy=_make_load_policy(config, opened, policy, shardings),
+    load_policy=load_policy,
     reference=reference,
     load_reference=load_reference,
     cache_dir=_cache_dir(config),
@@ -118,6 +155,7 @@ def build(config: ConfigDict) -> Experiment:
     ),
     num_checkpoints=config.checkpoint.keep,
     wandb_project=config.log.wandb_project,
+    reinforcement=reinforcement,
   )
 
 
@@ -137,13 +175,67 @@ def to_plain(config: ConfigDict) -> dict[str, Any]:
 
 
 def make_objective(config: ConfigDict) -> objectives.Objective:
-  """Returns the loss with its modifiers."""
+  """Returns the loss with its modifiers; of PPO, the one that reads alike.
+
+  PPO needs of each row the prompt, which is what demonstrations have.
+  """
   options = config.loss.to_dict()
   name = options.pop("name")
+  if config.ppo.reward and name != PPO:
+    raise ValueError(
+      f"ppo.reward='{config.ppo.reward}': loss '{name}' samples no responses"
+    )
+  if name == PPO:
+    _check_plain(options)
+    name = "sft"
   keys = "f_divergence f_alpha ld_alpha wpo sft_weight prompt_nll".split()
   modifiers = {key: options.pop(key) for key in keys}
   given = {key: value for key, value in options.items() if value is not None}
   return objectives.make_objective(name, given, **modifiers)
+
+
+def _check_plain(options):
+  """Raises ValueError where an option of losses is set for PPO."""
+  plain = dict(f_divergence="reverse_kl", ld_alpha=1.0)
+  for key, value in options.items():
+    if value and value != plain.get(key):
+      raise ValueError(f"loss.{key}={value}: 'ppo' has its own, under ppo")
+
+
+def _make_reinforcement(config, prompts):
+  """Returns what PPO needs besides; `prompts` is a loader of these."""
+  options = config.ppo.to_dict()
+  reward = options.pop("reward")
+  if not reward:
+    raise ValueError("ppo.reward='': loss 'ppo' needs one")
+  sampling = decode.Settings(
+    options.pop("max_new_tokens"), options.pop("temperature")
+  )
+  if not sampling.temperature:
+    raise ValueError("ppo.temperature=0: must be above 0")
+  settings = ppo.Settings(**options)
+  if config.batch_size % settings.minibatches:
+    raise ValueError(
+      f"ppo.minibatches={settings.minibatches}: must divide"
+      f" batch_size={config.batch_size}"
+    )
+  longest = config.data.max_prompt_length + sampling.max_new_tokens
+  if longest > config.data.max_length:
+    raise ValueError(
+      f"data.max_length={config.data.max_length}: must hold"
+      f" data.max_prompt_length={config.data.max_prompt_length} and"
+      f" ppo.max_new_tokens={sampling.max_new_tokens}"
+    )
+  row_length = config.data.row_length or math.ceil(longest / 128) * 128
+  if row_length < longest:
+    raise ValueError(
+      f"data.row_length={row_length}: must be 0 (automatic) or at least"
+      f" {longest}"
+    )
+  rows = ppo.RowSettings(
+    row_length, longest, prompts.microbatch_rows, prompts.row_range
+  )
+  return Reinforcement(settings, sampling, rows, reward, config.seed)
 
 
 def _policy_config(config):
@@ -243,7 +335,12 @@ def _make_reference(config, objective, policy, shardings, mesh):
   make = functools.partial(
     reference_lib.make_reference, alpha=options.alpha, every=options.every
   )
-  if not objective.needs_reference:
+  is_ppo = config.loss.name == PPO
+  if is_ppo and options.mode != "live":
+    raise ValueError(
+      f"reference.mode='{options.mode}': loss 'ppo' allows 'live' only"
+    )
+  if not objective.needs_reference and not is_ppo:
     if options.path:
       raise ValueError(
         f"reference.path='{options.path}': loss '{config.loss.name}' has no"
@@ -256,7 +353,9 @@ def _make_reference(config, objective, policy, shardings, mesh):
     copy = functools.partial(
       state.copy_params, dtype=dtype, shardings=shardings
     )
-    return make(options.mode, model), copy
+    return make(options.mode, model), lambda params: copy(
+      ppo.decoder_params(params)
+    )
   opened = source.open_model(options.path)
   if opened.config.vocab_size != policy.vocab_size:
     raise ValueError(

@@ -202,6 +202,19 @@ def decoder_params(params: Params) -> Params:
   return {key: value for key, value in params.items() if key != VALUE_HEAD}
 
 
+def with_value_head(
+  load_policy: Callable[[], Params],
+  shardings: Params,
+  config: model_config.ModelConfig,
+  mesh: Mesh,
+) -> tuple[Callable[[], Params], Params]:
+  """Returns how to load a decoder with a new head, and the layout of both."""
+  whole = sharding.replicated(mesh)
+  head = {"kernel": whole, "bias": whole}
+  load = lambda: load_policy() | {VALUE_HEAD: init_value_head(config, mesh)}
+  return load, shardings | {VALUE_HEAD: head}
+
+
 def init_loss_state(settings: Settings, mesh: Mesh) -> dict[str, Array]:
   """Returns what the state carries from one iteration to the next."""
   return {KL_COEF: sharding.place_whole(np.float32(settings.kl_coef), mesh)}
