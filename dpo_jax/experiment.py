@@ -187,6 +187,7 @@ def make_objective(config: ConfigDict) -> objectives.Objective:
     )
   if name == PPO:
     _check_plain(options)
+    _check_ppo(config)
     name = "sft"
   keys = "f_divergence f_alpha ld_alpha wpo sft_weight prompt_nll".split()
   modifiers = {key: options.pop(key) for key in keys}
@@ -202,11 +203,14 @@ def _check_plain(options):
       raise ValueError(f"loss.{key}={value}: 'ppo' has its own, under ppo")
 
 
-def _make_reinforcement(config, prompts):
-  """Returns what PPO needs besides; `prompts` is a loader of these."""
+def _check_ppo(config):
+  """Returns the settings of PPO's updates and of its samples.
+
+  Raises:
+    ValueError: one of them is not right.
+  """
   options = config.ppo.to_dict()
-  reward = options.pop("reward")
-  if not reward:
+  if not options.pop("reward"):
     raise ValueError("ppo.reward='': loss 'ppo' needs one")
   sampling = decode.Settings(
     options.pop("max_new_tokens"), options.pop("temperature")
@@ -220,22 +224,32 @@ def _make_reinforcement(config, prompts):
       f" batch_size={config.batch_size}"
     )
   longest = config.data.max_prompt_length + sampling.max_new_tokens
-  if longest > config.data.max_length:
+  for key, length in config.data.items():
+    if key in ("max_length", "row_length") and 0 < length < longest:
+      raise ValueError(
+        f"data.{key}={length}: must hold"
+        f" data.max_prompt_length={config.data.max_prompt_length} and"
+        f" ppo.max_new_tokens={sampling.max_new_tokens}"
+      )
+  if config.reference.mode != "live":
     raise ValueError(
-      f"data.max_length={config.data.max_length}: must hold"
-      f" data.max_prompt_length={config.data.max_prompt_length} and"
-      f" ppo.max_new_tokens={sampling.max_new_tokens}"
+      f"reference.mode='{config.reference.mode}': loss 'ppo' allows 'live' only"
     )
-  row_length = config.data.row_length or math.ceil(longest / 128) * 128
-  if row_length < longest:
-    raise ValueError(
-      f"data.row_length={row_length}: must be 0 (automatic) or at least"
-      f" {longest}"
-    )
+  return settings, sampling
+
+
+def _make_reinforcement(config, prompts):
+  """Returns what PPO needs besides; `prompts` is a loader of these."""
+  settings, sampling = _check_ppo(config)
+  longest = config.data.max_prompt_length + sampling.max_new_tokens
   rows = ppo.RowSettings(
-    row_length, longest, prompts.microbatch_rows, prompts.row_range
+    row_length=config.data.row_length or math.ceil(longest / 128) * 128,
+    max_length=longest,
+    microbatch_rows=prompts.microbatch_rows,
+    row_range=prompts.row_range,
   )
-  return Reinforcement(settings, sampling, rows, reward, config.seed)
+  reward, seed = config.ppo.reward, config.seed
+  return Reinforcement(settings, sampling, rows, reward, seed)
 
 
 def _policy_config(config):
@@ -335,12 +349,7 @@ def _make_reference(config, objective, policy, shardings, mesh):
   make = functools.partial(
     reference_lib.make_reference, alpha=options.alpha, every=options.every
   )
-  is_ppo = config.loss.name == PPO
-  if is_ppo and options.mode != "live":
-    raise ValueError(
-      f"reference.mode='{options.mode}': loss 'ppo' allows 'live' only"
-    )
-  if not objective.needs_reference and not is_ppo:
+  if not objective.needs_reference and config.loss.name != PPO:
     if options.path:
       raise ValueError(
         f"reference.path='{options.path}': loss '{config.loss.name}' has no"
