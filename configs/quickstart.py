@@ -44,13 +44,13 @@ def get_config(loss: str = "dpo"):
 
 def _set_ppo(config):
   """Sets what PPO needs besides."""
-  config.steps = 40
+  config.steps = 60
   config.batch_size = 128
   config.data.path, config.data.eval_path = "reviews:40000", "reviews:150"
   config.ppo.reward = "synthetic"
   config.ppo.max_new_tokens = 32
   config.ppo.minibatches = 2
-  config.optimizer.learning_rate = 1e-3
+  config.optimizer.learning_rate = 3e-4
   config.optimizer.schedule = "constant"
   config.eval.every = 10
   config.log.every = 1

@@ -123,7 +123,7 @@ def test_ppo_raises_the_true_reward_of_a_language_model(tmp_path):
   config = quickstart.get_config("ppo")
   config.model.preset, config.model.path = "", str(tmp_path / "sft")
   config.data.cache_dir = str(tmp_path / "cache")
-  config.steps = 15
+  config.steps, config.optimizer.learning_rate = 15, 1e-3
   assert trainer.train(config, str(tmp_path / "ppo"))
   trained = policy.Policy(str(tmp_path / "ppo"))
   ((sample,),) = trained.sample([[5, 6]], decode.Settings(4), seed=0)
