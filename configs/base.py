@@ -89,6 +89,26 @@ def get_config() -> config_dict.ConfigDict:
   config.loss.sft_weight = 0.0  # weight of the chosen responses' token mean NLL
   config.loss.prompt_nll = False  # sft, orpo: whether it covers prompts too
 
+  # Of loss.name "ppo", whose responses are sampled: `data` gives its prompts,
+  # `steps` are iterations and `batch_size` is the responses of one.
+  config.ppo = config_dict.ConfigDict()
+  # synthetic (the true reward of synthetic reviews), or run:FOLDER of a reward
+  # model.
+  config.ppo.reward = ""
+  config.ppo.max_new_tokens = 128  # at which a response is cut
+  config.ppo.temperature = 1.0  # of sampling, above 0
+  config.ppo.epochs = 4  # passes over the responses of an iteration
+  config.ppo.minibatches = 1  # updates in an epoch; divides batch_size
+  config.ppo.clip = 0.2  # of the ratio of probabilities
+  config.ppo.value_coef = 0.1  # weight of the value loss
+  config.ppo.value_clip = 0.2  # score units; 0: none
+  config.ppo.gamma = 1.0  # discount
+  config.ppo.lam = 0.95  # weight of longer estimates of the advantage
+  config.ppo.kl_coef = 0.05  # score units per nat; at first, with a target
+  config.ppo.target_kl = placeholder(float)  # nats of a sequence; None: fixed
+  config.ppo.horizon = 10_000.0  # responses in which kl_coef moves by a fifth
+  config.ppo.whiten = True  # advantages: mean 0, variance 1 in an iteration
+
   config.reference = config_dict.ConfigDict()
   # live: frozen, in the same program; cached: its log-probabilities, computed
   # once and kept in `data.cache_dir`; adapter_off: the base alone, only with

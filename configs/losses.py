@@ -55,9 +55,13 @@ def get(name: str) -> dict:
 
   The name is the line's own, but for a weighted sum of losses.
 
+  `ppo` has its settings in a section of its own.
+
   Raises:
     ValueError: there is no such loss; the message names the nearest.
   """
+  if name == "ppo":
+    return dict(name=name)
   if name not in LOSSES:
     nearest = difflib.get_close_matches(name, LOSSES, n=1)
     hint = f", did you mean {nearest[0]!r}?" if nearest else ""

@@ -6,7 +6,11 @@
 A small grammar writes film reviews whose true reward is known exactly (see
 dpo_jax/data/synthetic.py). `sft` learns the reviews from random weights; other
 losses learn pairs of reviews, from random weights too unless `model.path`
-names a run.
+names a run. `ppo` samples reviews and learns from their true reward:
+
+  python -m launch.train --config=configs/quickstart.py:ppo \\
+    --workdir=runs/ppo --config.model.preset= \\
+    --config.model.path=runs/quickstart/sft
 """
 
 from configs import base, losses
@@ -33,4 +37,20 @@ def get_config(loss: str = "dpo"):
   config.optimizer.schedule = "cosine"
   config.optimizer.clip = 1.0
   config.log.every = 20
+  if loss == "ppo":
+    _set_ppo(config)
   return config
+
+
+def _set_ppo(config):
+  """Sets what PPO needs besides."""
+  config.steps = 60
+  config.batch_size = 128
+  config.data.path, config.data.eval_path = "reviews:40000", "reviews:150"
+  config.ppo.reward = "synthetic"
+  config.ppo.max_new_tokens = 32
+  config.ppo.minibatches = 2
+  config.optimizer.learning_rate = 3e-4
+  config.optimizer.schedule = "constant"
+  config.eval.every = 10
+  config.log.every = 1

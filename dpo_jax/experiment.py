@@ -20,9 +20,36 @@ from dpo_jax.data import dataset, loader, packing, synthetic, tokenize
 from dpo_jax.losses import objectives
 from dpo_jax.models import config as model_config
 from dpo_jax.models import heads, transformer
-from dpo_jax.training import loop, optimizers, state, steps
+from dpo_jax.sampling import decode
+from dpo_jax.training import loop, optimizers, ppo, state, steps
 from dpo_jax.training import reference as reference_lib
 from dpo_jax.types import Params
+
+PPO = "ppo"  # the loss whose responses are sampled
+
+
+@dataclasses.dataclass(frozen=True)
+class Reinforcement:
+  """What a run of PPO needs besides.
+
+  Attributes:
+    settings: of its updates.
+    sampling: of its responses.
+    rows: what these are packed into.
+    reward: a name of `rewards.registry`.
+    seed: of samples and of the order of minibatches.
+  """
+
+  settings: ppo.Settings
+  sampling: decode.Settings
+  rows: ppo.RowSettings
+  reward: str
+  seed: int
+
+  @property
+  def updates_per_step(self) -> int:
+    """Updates of the parameters in an iteration, which is a step of a run."""
+    return self.settings.epochs * self.settings.minibatches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +70,13 @@ class Experiment:
     cache_dir: folder of the caches of tokens and log-probabilities.
     optimizer: clips and updates.
     learning_rate: as a function of the updates done.
-    loader: the training batches.
+    loader: the training batches; of PPO, those of its prompts.
     eval_loader: the batches of the held-out pairs, if there are any.
     schedule: when to log, evaluate, save and end.
     num_checkpoints: how many of the last ones are kept.
     best_metric: by which the best one is kept as well.
     wandb_project: where to send metrics besides; empty for nowhere.
+    reinforcement: of PPO; None for all other losses.
   """
 
   settings: dict[str, Any]
@@ -69,6 +97,7 @@ class Experiment:
   num_checkpoints: int
   best_metric: str
   wandb_project: str
+  reinforcement: Reinforcement | None = None
 
 
 def build(config: ConfigDict) -> Experiment:
@@ -102,7 +131,14 @@ def build(config: ConfigDict) -> Experiment:
     config, objective, tokenizer, mesh, models
   )
   total_steps = _total_steps(config, train_loader)
-  learning_rate, optimizer = _make_optimizer(config, total_steps)
+  reinforcement, num_updates = None, total_steps
+  if config.loss.name == PPO:
+    reinforcement = _make_reinforcement(config, train_loader)
+    num_updates *= reinforcement.updates_per_step
+    load_policy, shardings = ppo.with_value_head(
+      load_policy, shardings, policy, mesh
+    )
+  learning_rate, optimizer = _make_optimizer(config, num_updates)
   return Experiment(
     settings=to_plain(config),
     mesh=mesh,
@@ -134,6 +170,7 @@ def build(config: ConfigDict) -> Experiment:
     num_checkpoints=config.checkpoint.keep,
     best_metric=_best_metric(config, objective, eval_loader),
     wandb_project=config.log.wandb_project,
+    reinforcement=reinforcement,
   )
 
 
@@ -153,13 +190,85 @@ def to_plain(config: ConfigDict) -> dict[str, Any]:
 
 
 def make_objective(config: ConfigDict) -> objectives.Objective:
-  """Returns the loss with its modifiers."""
+  """Returns the loss with its modifiers; of PPO, the one that reads alike.
+
+  PPO needs of each row the prompt, which is what demonstrations have.
+  """
   options = config.loss.to_dict()
   name = options.pop("name")
+  if config.ppo.reward and name != PPO:
+    raise ValueError(
+      f"ppo.reward='{config.ppo.reward}': loss '{name}' samples no responses"
+    )
+  if name == PPO:
+    _check_plain(options)
+    _check_ppo(config)
+    name = "sft"
   keys = "f_divergence f_alpha ld_alpha wpo sft_weight prompt_nll".split()
   modifiers = {key: options.pop(key) for key in keys}
   given = {key: value for key, value in options.items() if value is not None}
   return objectives.make_objective(name, given, **modifiers)
+
+
+def _check_plain(options):
+  """Raises ValueError where an option of losses is set for PPO."""
+  plain = dict(f_divergence="reverse_kl", ld_alpha=1.0)
+  for key, value in options.items():
+    if value and value != plain.get(key):
+      raise ValueError(f"loss.{key}={value}: 'ppo' has its own, under ppo")
+
+
+def _check_ppo(config):
+  """Returns the settings of PPO's updates and of its samples.
+
+  Raises:
+    ValueError: one of them is not right.
+  """
+  options = config.ppo.to_dict()
+  if not options.pop("reward"):
+    raise ValueError("ppo.reward='': loss 'ppo' needs one")
+  sampling = decode.Settings(
+    options.pop("max_new_tokens"), options.pop("temperature")
+  )
+  if not sampling.temperature:
+    raise ValueError("ppo.temperature=0: must be above 0")
+  settings = ppo.Settings(**options)
+  if config.batch_size % settings.minibatches:
+    raise ValueError(
+      f"ppo.minibatches={settings.minibatches}: must divide"
+      f" batch_size={config.batch_size}"
+    )
+  longest = config.data.max_prompt_length + sampling.max_new_tokens
+  for key, length in config.data.items():
+    if key in ("max_length", "row_length") and 0 < length < longest:
+      raise ValueError(
+        f"data.{key}={length}: must hold"
+        f" data.max_prompt_length={config.data.max_prompt_length} and"
+        f" ppo.max_new_tokens={sampling.max_new_tokens}"
+      )
+  if config.reference.mode != "live":
+    raise ValueError(
+      f"reference.mode='{config.reference.mode}': loss 'ppo' allows 'live' only"
+    )
+  if config.lora.rank:
+    raise ValueError(
+      f"lora.rank={config.lora.rank}: loss 'ppo' trains all weights"
+    )
+  return settings, sampling
+
+
+def _make_reinforcement(config, prompts):
+  """Returns what PPO needs besides; `prompts` is a loader of these."""
+  settings, sampling = _check_ppo(config)
+  longest = config.data.max_prompt_length + sampling.max_new_tokens
+  rows = ppo.RowSettings(
+    row_length=config.data.row_length or math.ceil(longest / 128) * 128,
+    max_length=longest,
+    microbatch_rows=prompts.microbatch_rows,
+    row_range=prompts.row_range,
+  )
+  reward, seed = config.ppo.reward, config.seed
+  return Reinforcement(settings, sampling, rows, reward, seed)
 
 
 def _policy_config(config):
@@ -281,13 +390,18 @@ def _make_load_body(config, opened, policy, shardings, rng):
 def _make_reference(config, objective, policy, lora_options, shardings, mesh):
   """Returns what the reference is, and how its weights come."""
   options = config.reference
+  has_reference = objective.needs_reference or config.loss.name == PPO
   reference_lib.check_mode(
-    options.mode, options.path, objective, has_adapters=bool(policy.lora)
+    options.mode,
+    options.path,
+    config.loss.name,
+    has_reference=has_reference,
+    has_adapters=bool(policy.lora),
   )
   make = functools.partial(
     reference_lib.make_reference, alpha=options.alpha, every=options.every
   )
-  if not objective.needs_reference:
+  if not has_reference:
     return make(options.mode, None), lambda params: None
   if policy.lora:
     is_off = options.mode == "adapter_off"
@@ -306,7 +420,9 @@ def _make_reference(config, objective, policy, lora_options, shardings, mesh):
     copy = functools.partial(
       state.copy_params, dtype=dtype, shardings=shardings
     )
-    return make(options.mode, model), copy
+    return make(options.mode, model), lambda params: copy(
+      ppo.decoder_params(params)
+    )
   opened = source.open_model(options.path)
   if opened.config.vocab_size != policy.vocab_size:
     raise ValueError(

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
@@ -24,9 +25,21 @@ from dpo_jax.models import (
   lora,
   transformer,
 )
-from dpo_jax.training import loop, recorder, scoring, state, steps
+from dpo_jax.rewards import registry as rewards
+from dpo_jax.sampling import decode
+from dpo_jax.training import (
+  iteration,
+  loop,
+  ppo,
+  recorder,
+  scoring,
+  state,
+  steps,
+)
 from dpo_jax.training import reference as reference_lib
 from dpo_jax.types import Batch, Params
+
+PPO_BATCH_ROWS = 256  # responses that grow at once
 
 
 def join_processes() -> None:
@@ -183,10 +196,16 @@ def init_state(
     first,
     reference=reference,
     base=base,
-    loss_state=state.init_loss_state(
-      experiment.scorer.objective.state, experiment.mesh
-    ),
+    loss_state=_init_loss_state(experiment),
   )
+
+
+def _init_loss_state(experiment):
+  if experiment.reinforcement:
+    settings = experiment.reinforcement.settings
+    return ppo.init_loss_state(settings, experiment.mesh)
+  names = experiment.scorer.objective.state
+  return state.init_loss_state(names, experiment.mesh)
 
 
 def compile_train_step(
@@ -218,6 +237,95 @@ def host_batch(experiment: Experiment, k: int) -> loop.HostBatch:
     num_tokens=batches.num_tokens(k),
     num_positions=batches.num_positions(batch),
   )
+
+
+def make_iteration(experiment: Experiment) -> iteration.Iteration:
+  """Returns what samples, scores and updates on a batch of prompts.
+
+  A response is sampled under its prompt's place among the prompts of all
+  iterations, so that draws are a function of the seed and the iteration.
+  """
+  options, tokenizer = experiment.reinforcement, experiment.tokenizer
+  reward_fn = rewards.load(options.reward)
+  actor = lambda model: ppo.Actor(
+    model, experiment.scorer.chunk_length, options.sampling.temperature
+  )
+
+  def generate(params, prompts, numbers):
+    found = decode.Sampler(experiment.scorer.policy, params).sample(
+      prompts,
+      options.sampling,
+      seed=options.seed,
+      eos_id=tokenizer.eos_token_id,
+      batch_rows=min(len(prompts), PPO_BATCH_ROWS),
+      indices=numbers,
+    )
+    return [sample.tokens for (sample,) in found]
+
+  return iteration.Iteration(
+    options.settings,
+    policy=actor(experiment.scorer.policy),
+    reference=actor(experiment.reference.model),
+    optimizer=experiment.optimizer,
+    rows=options.rows,
+    max_new_tokens=options.sampling.max_new_tokens,
+    generate_fn=generate,
+    score_fn=lambda *tokens: reward_fn(*_texts(tokenizer, *tokens)),
+    mesh=experiment.mesh,
+    seed=options.seed,
+  )
+
+
+def prompts_of(experiment: Experiment, k: int) -> loop.HostBatch:
+  """Returns the number of iteration k, counted from 0, and its prompts."""
+  batches = experiment.loader
+  prompts = _prompts(batches, batches.indices(k))
+  return loop.HostBatch((k, prompts), num_pairs=len(prompts))
+
+
+def _prompts(batches: loader.Loader, indices: np.ndarray) -> ppo.Tokens:
+  found = batches.dataset.take(indices).prompt
+  return [x.tolist() for x in np.split(found.values, found.offsets[1:-1])]
+
+
+def _texts(tokenizer, prompts, responses) -> tuple[list[str], list[str]]:
+  """Returns the texts of prompts and of responses, without special tokens.
+
+  A response has the space before its first word, where decoding both shows it.
+  """
+  decode_all = functools.partial(
+    tokenizer.batch_decode, skip_special_tokens=True
+  )
+  before, alone = decode_all(prompts), decode_all(responses)
+  both = decode_all([p + list(r) for p, r in zip(prompts, responses)])
+  return before, [
+    text.removeprefix(prompt) if text.startswith(prompt) else response
+    for text, prompt, response in zip(both, before, alone)
+  ]
+
+
+def _iteration_step(experiment, iterate):
+  """Returns `step(state, (k, prompts)) -> (state, metrics)` for the loop."""
+  updates = experiment.reinforcement.updates_per_step
+
+  def step(train_state, batch):
+    k, prompts = batch
+    # Responses come to the host and go back, which the loop else forbids.
+    with jax.transfer_guard("allow"):
+      train_state, metrics = iterate(train_state, k, prompts)
+      metrics["learning_rate"] = experiment.learning_rate(k * updates)
+    return train_state, metrics
+
+  return step
+
+
+def _prompts_eval_fn(experiment, iterate):
+  """Returns a function of the state that samples the held-out prompts."""
+  batches = experiment.eval_loader
+  if batches is None:
+    return None
+  prompts = _prompts(batches, np.arange(batches.num_pairs))
+  return lambda train_state: iterate.evaluate(train_state, prompts)
 
 
 def make_eval_fn(experiment: Experiment) -> loop.EvalFn | None:
@@ -315,11 +423,17 @@ def _saved(
 
 
 def _run_loop(experiment, first, done, checkpoints, record) -> bool:
-  train_step = compile_train_step(
-    experiment, first, host_batch(experiment, done).batch
-  )
+  if experiment.reinforcement:
+    iterate = make_iteration(experiment)
+    train_step = _iteration_step(experiment, iterate)
+    eval_fn, batch_fn = _prompts_eval_fn(experiment, iterate), prompts_of
+  else:
+    eval_fn, batch_fn = make_eval_fn(experiment), host_batch
+    train_step = compile_train_step(
+      experiment, first, host_batch(experiment, done).batch
+    )
   batches = loader.prefetch(
-    functools.partial(host_batch, experiment),
+    functools.partial(batch_fn, experiment),
     done,
     experiment.schedule.last_step,
   )
@@ -335,7 +449,7 @@ def _run_loop(experiment, first, done, checkpoints, record) -> bool:
     batches=batches,
     waited=lambda: batches.wait_seconds,
     schedule=experiment.schedule,
-    eval_fn=make_eval_fn(experiment),
+    eval_fn=eval_fn,
     save_fn=save,
     record_fn=record.write,
   )

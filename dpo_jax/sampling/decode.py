@@ -74,8 +74,7 @@ class Sampler:
   def __init__(self, config: ModelConfig, params: Params):
     """Copies the weights in `config.dtype`, as `transformer.unstack` does."""
     self.config = config
-    unstack = functools.partial(transformer.unstack, config)
-    self._params = jax.jit(unstack)(params)
+    self._params = _unstack(config, params)
 
   def sample(
     self,
@@ -166,6 +165,10 @@ class Sampler:
           f" max_new_tokens={settings.max_new_tokens} it is longer than the"
           f" model's {limit} positions"
         )
+
+
+# Of the module, so that new weights of a model need no new program.
+_unstack = jax.jit(transformer.unstack, static_argnums=0)
 
 
 def _by_length(prompts: Sequence[Sequence[int]]) -> dict[int, list[int]]:

@@ -16,7 +16,6 @@ import jax
 from jax.experimental import multihost_utils
 
 from dpo_jax.training import state as state_lib
-from dpo_jax.types import Batch
 
 EvalFn = Callable[[state_lib.TrainState], dict[str, float]]
 SaveFn = Callable[[int, state_lib.TrainState, dict[str, float] | None], None]
@@ -44,10 +43,11 @@ class Schedule:
 class HostBatch:
   """A batch on the device, with what the host knows of it."""
 
-  batch: Batch
+  batch: Any  # what the step takes: a `Batch`, or the prompts of PPO
   num_pairs: int
-  num_tokens: int  # tokens that stand in the rows
-  num_positions: int  # tokens and padding that the step computes
+  # 0, and no rates of them, where they are known in the step only.
+  num_tokens: int = 0  # tokens that stand in the rows
+  num_positions: int = 0  # tokens and padding that the step computes
 
 
 def run(
@@ -140,12 +140,11 @@ class _Clock:
     now, waited = time.perf_counter(), self._waited()
     seconds, self._start = now - self._start, now
     wait, self._total_waited = waited - self._total_waited, waited
-    return {
-      "pairs_per_second": pairs / seconds,
-      "tokens_per_second": tokens / seconds,
-      "padding_fraction": 1 - tokens / positions,
-      "data_wait_seconds": wait,
-    }
+    rates = {"pairs_per_second": pairs / seconds, "data_wait_seconds": wait}
+    if positions:
+      rates["tokens_per_second"] = tokens / seconds
+      rates["padding_fraction"] = 1 - tokens / positions
+    return rates
 
 
 def _fetch(pending, clock):

@@ -155,8 +155,9 @@ def make_reference(
 def check_mode(
   mode: str,
   path: str,
-  objective: objectives.Objective,
+  name: str,
   *,
+  has_reference: bool,
   has_adapters: bool,
 ) -> None:
   """Raises ValueError unless a run can have this mode and this path.
@@ -164,14 +165,14 @@ def check_mode(
   Args:
     mode: `reference.mode`.
     path: `reference.path`.
-    objective: the loss.
+    name: of the loss.
+    has_reference: whether the loss reads one.
     has_adapters: whether adapters are trained.
   """
   if mode not in MODES:
     raise ValueError(
       f"unknown reference.mode {mode!r}; known: {', '.join(MODES)}"
     )
-  has_reference, name = objective.needs_reference, objective.name
   problems = {
     f"reference.mode={mode!r}: loss {name!r} needs a reference": (
       mode == "none" and has_reference

@@ -296,10 +296,10 @@ def make_score_step(
         params, reference, rows, batch.lengths, base, with_routing=with_routing
       )
 
-    scores = _loop(batch.rows, batch.num_microbatches, body)
+    scores = sum_microbatches(batch.rows, batch.num_microbatches, body)
     if batch.mismatched is not None:
       plain = functools.partial(body, with_routing=False)
-      others = _loop(batch.mismatched, batch.num_mismatched, plain)
+      others = sum_microbatches(batch.mismatched, batch.num_mismatched, plain)
       scores = _with_others(scores, others)
     return _with_cached(scores, batch.reference)
 
@@ -320,7 +320,9 @@ def _with_cached(scores: PairScores, reference: Array | None) -> PairScores:
   return dataclasses.replace(scores, reference=reference)
 
 
-def _loop(rows: Rows, count: Array, body: Callable[[Rows], Any]) -> Any:
+def sum_microbatches(
+  rows: Rows, count: Array, body: Callable[[Rows], Any]
+) -> Any:
   """Returns the sum of `body` over the first `count` microbatches."""
   take = lambda i: jax.tree.map(
     lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, keepdims=False), rows
@@ -347,7 +349,7 @@ def _pairwise_gradient(scorer, params, reference, batch, loss_state, base=None):
   shape = batch.lengths.shape
   others = None
   if batch.mismatched is not None:
-    others = _loop(
+    others = sum_microbatches(
       batch.mismatched,
       batch.num_mismatched,
       lambda rows: scorer.scores(params, reference, rows, batch.lengths, base),
@@ -375,7 +377,9 @@ def _pairwise_gradient(scorer, params, reference, batch, loss_state, base=None):
     (_, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, rows)
     return *aux, grads
 
-  scores, losses, grads = _loop(batch.rows, batch.num_microbatches, body)
+  scores, losses, grads = sum_microbatches(
+    batch.rows, batch.num_microbatches, body
+  )
   if others is not None:
     scores = _with_others(scores, others)
   return _with_cached(scores, batch.reference), losses, grads
@@ -408,7 +412,11 @@ def _coupled_gradient(scorer, params, reference, batch, loss_state, base=None):
 
     return jax.grad(weighted)(params)
 
-  return scores, losses, _loop(batch.rows, batch.num_microbatches, body)
+  return (
+    scores,
+    losses,
+    sum_microbatches(batch.rows, batch.num_microbatches, body),
+  )
 
 
 def _present(rows: Rows, shape: tuple[int, int]) -> Array:

@@ -1,0 +1,41 @@
+"""Reward functions by name."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from dpo_jax.data import synthetic
+
+# (prompts, responses) -> f32[n], higher is better
+RewardFn = Callable[[Sequence[str], Sequence[str]], np.ndarray]
+
+
+def load(name: str) -> RewardFn:
+  """Returns a reward function.
+
+  Args:
+    name: `synthetic`, the true reward of synthetic reviews; or `run:FOLDER`,
+      what a trained reward model says.
+
+  Raises:
+    ValueError: a name of another form, or no such run.
+  """
+  kind, _, path = name.partition(":")
+  if name == "synthetic":
+    return _true_rewards
+  if kind == "run" and path:
+    # Reads a model: only where one is asked for.
+    from dpo_jax.rewards import learned
+
+    return learned.load(path)
+  raise ValueError(
+    f"unknown reward '{name}'; known: run:FOLDER of a reward model, synthetic"
+  )
+
+
+def _true_rewards(
+  prompts: Sequence[str], responses: Sequence[str]
+) -> np.ndarray:
+  pairs = zip(prompts, responses, strict=True)
+  rewards = [synthetic.true_reward(prompt + text) for prompt, text in pairs]
+  return np.array(rewards, np.float32)
