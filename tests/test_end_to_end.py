@@ -170,9 +170,8 @@ def test_sigterm_saves_and_the_run_goes_on(tmp_path):
   assert [line["step"] for line in lines] == list(range(1, saved + 3))
 
 
-@pytest.mark.parametrize(
-  "mode", ["live", pytest.param("cached", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["live", "cached"])
 def test_two_processes_equal_one_and_restore_each_other(tmp_path, mode):
   reference = f"--config.reference.mode={mode}"
   mesh = ("--config.mesh.data=2", "--config.mesh.fsdp=4", reference)

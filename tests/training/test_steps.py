@@ -164,8 +164,9 @@ def test_swapping_chosen_and_rejected_negates_the_margin():
   "name",
   [
     "dpo",
-    "kto",
-    *map(_slow, ("sft", "aot", "unlikelihood", "orpo", "beta_dpo", "bco")),
+    *map(
+      _slow, ("kto", "sft", "aot", "unlikelihood", "orpo", "beta_dpo", "bco")
+    ),
   ],
 )
 def test_the_split_into_microbatches_changes_no_number(name):
@@ -385,6 +386,7 @@ def test_a_loss_without_a_reference_holds_and_traces_none():
   assert last.reference is None
 
 
+@pytest.mark.slow
 def test_score_gaps_go_with_their_pairs_into_every_microbatch():
   data = _tokens()
   data.score_gaps = np.linspace(0.2, 5.0, NUM_PAIRS, dtype=np.float32)
@@ -396,6 +398,7 @@ def test_score_gaps_go_with_their_pairs_into_every_microbatch():
   assert one[0]["loss"] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_running_means_go_from_step_to_step():
   history, after_two = _run(_objective("beta_dpo"))
   assert history[0]["rewards/margins"] == 0  # the policy is its reference
@@ -419,6 +422,7 @@ def test_the_reference_stays_and_the_policy_moves():
   assert all(jax.tree.leaves(moved))
 
 
+@pytest.mark.slow
 def test_remat_and_bfloat16_stay_close():
   plain, _ = _run(_objective("dpo"))
   remat, _ = _run(
