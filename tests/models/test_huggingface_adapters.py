@@ -99,9 +99,7 @@ SOME = ("phi3", "query|value|down|up")
 _by_default = pytest.mark.parametrize(
   "case",
   [
-    case
-    if case in ("gpt2", "phi3")
-    else pytest.param(case, marks=pytest.mark.slow)
+    case if case == SOME[0] else pytest.param(case, marks=pytest.mark.slow)
     for case in CASES
   ],
 )

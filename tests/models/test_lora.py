@@ -111,17 +111,18 @@ def test_a_kernel_is_merged_by_hand():
 
 
 def test_the_last_factor_alone_has_a_gradient_at_first():
-  config, base, new, far = _model("llama")
+  config, base, new, far = _model("llama", "query|out|down")
   loss = lambda adapters: jnp.sum(_states(config, base | adapters) ** 3)
   gradient = jax.jit(jax.grad(loss))
   at_new, at_far = gradient(new), gradient(far)
   leaves = jax.tree_util.tree_leaves_with_path(at_new)
-  assert len(leaves) == 2 * 7
+  assert len(leaves) == 2 * 3
   for (path, start), later in zip(leaves, jax.tree.leaves(at_far)):
     assert jnp.any(start != 0) == (path[-1].key == "last"), path
     assert jnp.any(later != 0), path
 
 
+@pytest.mark.slow
 def test_new_adapters_have_the_variance_that_is_said():
   config = lora.with_lora(
     model_config.llama(**SIZES | {"d_model": 128, "d_mlp": 256}),
