@@ -107,8 +107,8 @@ def test_the_command_times_sampling(tmp_path):
     "--config=configs/benchmark.py",
     "--config.model.preset=tiny",
     "--config.model.vocab_size=100",
-    "--rows=1,4",
-    "--max_new_tokens=8",
+    "--rows=2,8",
+    "--max_new_tokens=200",
     "--rounds=1",
     f"--output={output}",
     module="launch.benchmark",
@@ -117,6 +117,6 @@ def test_the_command_times_sampling(tmp_path):
   assert process.returncode == 0, out + err
   assert "of the limit" in out
   variants = json.loads(output.read_text())["variants"]
-  assert variants.keys() == {"1", "4"}
+  assert variants.keys() == {"2", "8"}
   for row in variants.values():
     assert row["share_of_limit"] > 0 and row["tokens_per_second"] > 0

@@ -149,6 +149,7 @@ def _train(workdir, loss, monkeypatch, **changes):
   return [json.loads(line) for line in lines]
 
 
+@pytest.mark.slow
 def test_a_run_is_read_at_its_best_and_exported(tmp_path, monkeypatch):
   run = tmp_path / "run"
   lines = _train(run, "reward_model", monkeypatch)

@@ -96,8 +96,7 @@ def _logits(sequence, name="llama"):
   "name",
   [
     "llama",
-    "experts",
-    *map(_slow, sorted(CONFIGS.keys() - {"llama", "experts"})),
+    *map(_slow, sorted(CONFIGS.keys() - {"llama"})),
   ],
 )
 def test_greedy_is_the_argmax_of_the_full_forward(name):

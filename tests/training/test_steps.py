@@ -204,6 +204,7 @@ def test_the_mesh_changes_no_number(name, mesh):
   assert shard.size * mesh[1] * mesh[2] == kernel.size
 
 
+@pytest.mark.slow
 def test_a_coupled_loss_has_the_gradient_of_its_definition():
   """Two passes give what one pass over all pairs gives by autodiff."""
   objective = _objective("aot")
