@@ -13,7 +13,7 @@ import math
 import pathlib
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -104,14 +104,7 @@ def _try_read(
         ),
         abstract,
       )
-      state = _handler(jax.tree.leaves(abstract)).restore(
-        path / "state",
-        args=ocp.args.PyTreeRestore(
-          item=abstract,
-          restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
-          partial_restore=partial,
-        ),
-      )
+      state = _read_in_turns(path / "state", abstract, partial)
       return state, written, ""
     except (_OtherArraysError, jax.errors.JaxRuntimeError, MemoryError):
       raise
@@ -122,12 +115,44 @@ def _try_read(
       return None, {}, text[:200]
 
 
-def _handler(wanted: list[jax.ShapeDtypeStruct]) -> ocp.PyTreeCheckpointHandler:
-  """Returns what reads one large array at a time, or several small ones."""
-  num_bytes = [math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in wanted]
-  # Orbax refuses an array as large as the bound; its bytes are decimal.
-  bound = 1.05 * max(num_bytes, default=0) + _SMALL_READ_BYTES
-  return ocp.PyTreeCheckpointHandler(restore_concurrent_gb=bound / 1e9)
+def _read_in_turns(path: pathlib.Path, abstract: Any, partial: bool) -> Any:
+  """Returns the arrays, read one large one at a time, or several small ones.
+
+  A read holds its bytes on the host twice: as stored and as they go to the
+  devices. Orbax has a bound on what is read at once, but counts an array as
+  done before its host copy is gone.
+  """
+  wanted, structure = jax.tree.flatten(abstract)
+  state = list(wanted)
+  handler = ocp.PyTreeCheckpointHandler()
+  for turn in _turns([math.prod(x.shape) * x.dtype.itemsize for x in wanted]):
+    item = structure.unflatten(
+      x if i in turn else ocp.PLACEHOLDER for i, x in enumerate(wanted)
+    )
+    found = handler.restore(
+      path,
+      args=ocp.args.PyTreeRestore(
+        item=item,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+        partial_restore=partial,
+      ),
+    )
+    found = jax.block_until_ready(jax.tree.leaves(found))
+    for i in turn:
+      state[i] = found[i]
+  return structure.unflatten(state)
+
+
+def _turns(sizes: Sequence[int]) -> list[set[int]]:
+  """Returns indices, together no larger than the largest or a small read."""
+  bound = max(_SMALL_READ_BYTES, *sizes, 0)
+  turns, total = [set()], 0
+  for i, size in enumerate(sizes):
+    total += size
+    if total > bound:
+      turns, total = [*turns, set()], size
+    turns[-1].add(i)
+  return turns
 
 
 class _OtherArraysError(ValueError):

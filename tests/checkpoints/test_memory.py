@@ -90,6 +90,9 @@ def _run(num_devices, *args):
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
     "PYTHONPATH": str(REPOSITORY),
+    # Blocks above 1 MB go back to the system when freed, so that what is held
+    # is measured and not what the allocator keeps for later.
+    "MALLOC_MMAP_THRESHOLD_": "1000000",
   }
   out = subprocess.run(
     [sys.executable, "-c", SCRIPT, *map(str, args)],
@@ -164,7 +167,4 @@ def test_host_memory_is_below_the_largest_file(tmp_path, num_devices):
     assert found.keys() == stored.keys()
     for name, tensor in stored.items():
       assert np.array_equal(found[name].view(), tensor.view()), name
-  if num_devices == 1:
-    # Orbax holds compressed chunks beside the largest array: 1.5 was measured.
-    assert above.pop("run exported") < 2 * largest
   assert max(above.values()) < 1.3 * largest, above

@@ -181,16 +181,19 @@ def test_a_run_is_read_at_its_best_and_exported(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_classifier_learns_the_sentiment_of_reviews(tmp_path, monkeypatch):
   path = tmp_path / "reviews.jsonl"
-  rows = list(synthetic.read("reviews:2000", "train"))
+  rows = list(synthetic.read("reviews:8000", "train"))
   reward = lambda row: synthetic.true_reward(row["prompt"] + row["response"])
   lines = [json.dumps(row | {"label": reward(row) > 0.5}) for row in rows]
   path.write_text("".join(line + "\n" for line in lines))
+  synthetic.make_tokenizer().save_pretrained(tmp_path / "tokenizer")
   lines = _train(
     tmp_path / "run",
     "classifier",
     monkeypatch,
-    steps=150,
+    steps=800,
+    batch_size=64,
     data={"source": "jsonl", "path": str(path), "eval_path": str(path)},
+    model={"tokenizer": str(tmp_path / "tokenizer")},
     eval={"every": 0},
     checkpoint={"every": 0},
     optimizer={"learning_rate": 3e-3},
