@@ -17,9 +17,9 @@ flags.mark_flags_as_required(["workdir"])
 def main(argv: list[str]) -> int:
   """Returns 0 when the experiment finished, 143 when told to stop."""
   from configs import quickstart
-  from dpo_jax import pipelines
+  from dpo_jax.pipelines import quickstart as pipeline
 
-  recipes = {"quickstart": (pipelines.quickstart, quickstart.get_config)}
+  recipes = {"quickstart": (pipeline.run, quickstart.get_config)}
   if len(argv) != 2 or argv[1] not in recipes:
     raise ValueError(
       f"unknown experiment {' '.join(argv[1:])!r}; known: {', '.join(recipes)}"

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from configs import quickstart
-from dpo_jax import pipelines
+from dpo_jax.pipelines import quickstart as pipeline
 from tests import test_end_to_end
 
 
@@ -18,16 +18,16 @@ def _small_config(loss):
 
 
 def test_a_small_quickstart_runs_its_stages_once(tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr(pipelines, "BETAS", (0.1,))
-  monkeypatch.setattr(pipelines, "MAX_NEW_TOKENS", 8)
-  monkeypatch.setattr(pipelines, "PREFIXES", 16)
-  monkeypatch.setattr(pipelines, "TEST_PREFIXES", 8)
-  monkeypatch.setattr(pipelines, "FRONTIER_SAMPLES", 4)
-  assert pipelines.quickstart(str(tmp_path), _small_config)
+  monkeypatch.setattr(pipeline, "BETAS", (0.1,))
+  monkeypatch.setattr(pipeline, "MAX_NEW_TOKENS", 8)
+  monkeypatch.setattr(pipeline, "PREFIXES", 16)
+  monkeypatch.setattr(pipeline, "TEST_PREFIXES", 8)
+  monkeypatch.setattr(pipeline, "FRONTIER_SAMPLES", 4)
+  assert pipeline.run(str(tmp_path), _small_config)
   record = json.loads((tmp_path / "frontier.json").read_text())
   assert [point["label"] for point in record["points"]] == [
     "SFT",
-    *(f"DPO, beta {beta:g}" for beta in pipelines.BETAS),
+    *(f"DPO, beta {beta:g}" for beta in pipeline.BETAS),
   ]
   sft = record["points"][0]
   assert abs(sft["kl"]) < 1e-4 and sft["num_samples"] == 32
@@ -35,12 +35,12 @@ def test_a_small_quickstart_runs_its_stages_once(tmp_path, monkeypatch, capsys):
   pairs = (tmp_path / "pairs.jsonl").read_text().splitlines()
   for row in map(json.loads, pairs):
     chosen, rejected = (
-      pipelines.synthetic.true_reward(row["prompt"] + row[name])
+      pipeline.synthetic.true_reward(row["prompt"] + row[name])
       for name in ("chosen", "rejected")
     )
     assert chosen > rejected
   capsys.readouterr()
-  assert pipelines.quickstart(str(tmp_path), _small_config)
+  assert pipeline.run(str(tmp_path), _small_config)
   assert capsys.readouterr().out.count("nothing to do") == 2
 
 

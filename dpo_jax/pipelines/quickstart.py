@@ -29,7 +29,7 @@ FRONTIER_SAMPLES = 64  # per test prefix, of the reference
 MAX_NEW_TOKENS = 32
 
 
-def quickstart(workdir: str, make_config: Callable[[str], ConfigDict]) -> bool:
+def run(workdir: str, make_config: Callable[[str], ConfigDict]) -> bool:
   """Returns whether the miniature sentiment experiment came to its end.
 
   Args:

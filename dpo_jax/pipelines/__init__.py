@@ -1,0 +1,1 @@
+"""Whole experiments, stage by stage; stages that are done are skipped."""
