@@ -1,6 +1,10 @@
 """Controlled sentiment on IMDb reviews, after Rafailov et al. 2023, sec 6.1.
 
-  python -m launch.tokenizer --data=imdb/train.jsonl.xz --data_source=imdb \\
+  python -m launch.reproduce imdb --scale=cpu --data=imdb --workdir=runs/imdb
+
+runs all of it; docs/results/imdb_cpu.md has its figure. Its stages alone:
+
+  python -m launch.tokenizer --data=imdb/unsup.jsonl.xz --data_source=imdb \\
     --output=runs/imdb_tokenizer
   python -m launch.train --config=configs/imdb_sentiment.py:classifier \\
     --workdir=runs/imdb_classifier --config.data.path=imdb/train.jsonl.xz \\
@@ -10,47 +14,137 @@
   python -m launch.train --config=configs/imdb_sentiment.py:reward_model \\
     --workdir=runs/imdb_rm --config.model.path=runs/imdb_sft \\
     --config.data.path=pairs.jsonl --config.data.eval_path=held_out.jsonl
+  python -m launch.train --config=configs/imdb_sentiment.py:dpo \\
+    --workdir=runs/imdb_dpo --config.model.path=runs/imdb_sft \\
+    --config.data.path=pairs.jsonl
 
-`classifier` is the ground-truth reward: a small decoder from random weights,
-minutes on two CPU cores; docs/results/imdb_classifier.md has its accuracy.
-`sft` is the language model that samples, its prompts the first words of
-reviews (one epoch, as in the paper; not yet run to its end). `reward_model`
-learns pairs of samples for 3 epochs and is read at its best held-out accuracy;
-all other losses (`dpo`, ...) learn pairs too, at the paper's settings; these
-start from the sft run and are not yet run.
+The argument is a loss and, behind a comma, a scale: `dpo,cpu`. `paper`, the
+default, is GPT-2 large at the paper's settings, `gpu` GPT-2 at the same; both
+are not yet run. `cpu` is a small model from random weights. `classifier` is
+the ground-truth reward, a small decoder from random weights at every scale:
+docs/results/imdb_classifier.md has its accuracy.
 """
 
 from configs import base, losses
 
 DEMONSTRATIONS = ("sft", "sft_sum")
+MODELS = {
+  "paper": "openai-community/gpt2-large",
+  "gpu": "openai-community/gpt2",
+}
+# Label, loss and what is changed of it: the paper's runs, and IPO's.
+GRID = (
+  *(("DPO", "dpo", {"loss.beta": x}) for x in (0.05, 0.1, 1.0, 5.0)),
+  *(("IPO", "ipo_sum", {"loss.beta": x}) for x in (0.05, 0.1, 0.5)),
+  *(
+    ("Unlikelihood", "unlikelihood", {"loss.alpha": x})
+    for x in (0.05, 0.1, 0.5, 1.0)
+  ),
+  *(("Preferred-FT", "preferred_ft", {"seed": x}) for x in (0, 1, 2)),
+  *(("PPO", "ppo", {"ppo.target_kl": x}) for x in (3.0, 6.0, 9.0, 12.0)),
+  *(("PPO-GT", "ppo", {"ppo.target_kl": x}) for x in (3.0, 6.0, 9.0, 12.0)),
+)
+PLANS = {
+  # The paper's counts of prefixes and samples; what is not known of the
+  # evaluation is ours.
+  "paper": dict(
+    num_prefixes=25_000,
+    num_test_prefixes=512,
+    test_samples=4,
+    frontier_samples=256,
+    max_new_tokens=64,
+    grid=GRID,
+  ),
+  "cpu": dict(
+    num_prefixes=2_500,
+    num_test_prefixes=128,
+    test_samples=4,
+    frontier_samples=256,
+    max_new_tokens=32,
+    vocab_size=4096,
+    grid=GRID,
+  ),
+}
+PLANS["gpu"] = PLANS["paper"]
 
 
-def get_config(loss: str = "dpo"):
-  """Returns the settings of the given loss."""
+def get_config(argument: str = "dpo"):
+  """Returns the settings of a loss at a scale.
+
+  Raises:
+    ValueError: an unknown loss or scale.
+  """
+  loss, _, scale = argument.partition(",")
+  scale = scale or "paper"
+  if scale not in PLANS:
+    raise ValueError(f"unknown scale {scale!r}; known: {', '.join(PLANS)}")
   config = base.get_config()
   config.loss.update(losses.get(loss))
-  is_sft = loss in DEMONSTRATIONS
-  if is_sft or loss in ("classifier", "reward_model"):
-    config.optimizer.name = "adamw"
-    config.optimizer.learning_rate = 1e-3
-    config.optimizer.schedule = "cosine"
-    config.optimizer.warmup_steps = 20
-    config.optimizer.clip = 1.0
-  if is_sft or loss == "classifier":
+  config.model.path = MODELS.get(scale, "")
+  config.log.every = 10
+  if loss in (*DEMONSTRATIONS, "classifier", "ppo"):
     config.data.source = "imdb"
     config.data.max_prompt_length = 16
-    config.data.row_length = 512
-    config.microbatch_rows = 8
-    config.model.preset = "small" if is_sft else "mini"
-    config.model.tokenizer = "runs/imdb_tokenizer"
   if loss == "classifier":
-    config.epochs = 2
-    config.optimizer.learning_rate = 2e-3
-    config.optimizer.weight_decay = 0.1
-    config.checkpoint.metric = "rewards/accuracies"
-  if loss == "reward_model":
+    _set_classifier(config)
+  elif loss == "reward_model":
     config.epochs = 3
-    config.optimizer.learning_rate = 1e-4
+    config.optimizer.name = "adamw"
+    config.optimizer.schedule = "cosine"
+    config.optimizer.clip = 1.0
     config.eval.every = config.checkpoint.every = 200
     config.checkpoint.metric = "rewards/accuracies"
+  elif loss not in DEMONSTRATIONS:
+    # Each checkpoint is a dot of the figure.
+    config.checkpoint.every, config.checkpoint.keep = 100, 1000
+  if loss == "ppo":
+    config.steps, config.batch_size = 400, 256
+    config.ppo.minibatches = 4
+    config.ppo.max_new_tokens = PLANS[scale]["max_new_tokens"]
+    config.ppo.horizon = 2_000.0
+  if scale == "cpu" and loss != "classifier":
+    _set_cpu(config, loss)
   return config
+
+
+def _set_classifier(config):
+  config.epochs = 2
+  config.data.row_length = 512
+  config.microbatch_rows = 8
+  config.model.path, config.model.preset = "", "mini"
+  config.model.tokenizer = "runs/imdb_tokenizer"
+  config.optimizer.name = "adamw"
+  config.optimizer.learning_rate = 2e-3
+  config.optimizer.weight_decay = 0.1
+  config.optimizer.schedule = "cosine"
+  config.optimizer.warmup_steps = 20
+  config.optimizer.clip = 1.0
+  config.checkpoint.metric = "rewards/accuracies"
+
+
+def _set_cpu(config, loss):
+  """Sets what fits a model of 3 M parameters and an hour of two cores."""
+  config.data.max_prompt_length = 16
+  config.data.max_length = 48  # tokens: the first lines of a review
+  config.data.row_length = 512
+  config.microbatch_rows = 4
+  config.optimizer.name = "adamw"
+  config.optimizer.warmup_steps = 20
+  config.optimizer.clip = 1.0
+  config.optimizer.learning_rate = 3e-4
+  if loss in DEMONSTRATIONS:
+    config.epochs = 2
+    config.model.preset = "small"
+    config.model.tokenizer = "runs/imdb_tokenizer"
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.schedule = "cosine"
+  elif loss == "ppo":
+    config.steps, config.batch_size = 40, 128
+    config.checkpoint.every = 10
+    config.ppo.epochs, config.ppo.minibatches = 2, 2
+    config.ppo.horizon = 500.0
+  elif loss == "reward_model":
+    config.eval.every = config.checkpoint.every = 100
+  else:
+    config.steps = 160
+    config.checkpoint.every = 40

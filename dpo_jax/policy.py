@@ -72,10 +72,14 @@ class Policy:
         prompts, settings, eos_id=self.tokenizer.eos_token_id, **options
       )
 
-  def texts(self, samples: Sequence[decode.Sample]) -> list[str]:
-    """Returns the text of each sample, without special tokens."""
-    return self.tokenizer.batch_decode(
-      [sample.tokens for sample in samples], skip_special_tokens=True
+  def responses(
+    self, prompt: Sequence[int], samples: Sequence[decode.Sample]
+  ) -> list[str]:
+    """Returns the texts of samples of a prompt; see `decode_responses`."""
+    return tokenize.decode_responses(
+      self.tokenizer,
+      [prompt] * len(samples),
+      [sample.tokens for sample in samples],
     )
 
   def logps(
@@ -204,10 +208,12 @@ def write_samples(
     def keep(batch):
       for place, samples in batch.items():
         index = left[place]
-        temperature = settings.temperature
-        done[index] = _lines(
-          policy, index, prompts[index], samples, temperature
-        )
+        done[index] = [
+          {"index": index, "sample": number, "prompt": prompts[index]} | line
+          for number, line in enumerate(
+            _lines(policy, tokens[index], samples, settings.temperature)
+          )
+        ]
         file.write(json.dumps({"index": index, "lines": done[index]}) + "\n")
       file.flush()
       bar.update(len(batch))
@@ -230,20 +236,17 @@ def write_samples(
     part.unlink()
 
 
-def _lines(policy, index, prompt, samples, temperature):
+def _lines(policy, prompt, samples, temperature):
   """Returns what the file says of the samples of a prompt."""
   return [
     {
-      "index": index,
-      "sample": number,
-      "prompt": prompt,
       "response": text,
       "temperature": temperature,
       "num_tokens": len(sample.tokens),
       "ended": sample.tokens[-1] == policy.tokenizer.eos_token_id,
       "logp": float(sample.logps.sum(dtype=np.float64)),
     }
-    for number, (sample, text) in enumerate(zip(samples, policy.texts(samples)))
+    for sample, text in zip(samples, policy.responses(prompt, samples))
   ]
 
 

@@ -5,20 +5,18 @@ language model with `sft`, sample it, pair and label the samples by a known
 reward, train `dpo` at several betas, and draw reward against KL.
 """
 
-import itertools
-import json
-import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 from ml_collections import ConfigDict
 
+from dpo_jax import policy as policy_lib
 from dpo_jax import trainer
-from dpo_jax.data import synthetic, tokenize
 from dpo_jax.evaluation import frontier
+from dpo_jax.pipelines import measure
 from dpo_jax.policy import Policy
-from dpo_jax.sampling import decode
+from dpo_jax.rewards import registry
 
 BETAS = (0.1, 1.0)
 PREFIXES = 1_500  # that training samples are drawn for
@@ -64,78 +62,41 @@ def run(workdir: str, make_config: Callable[[str], ConfigDict]) -> bool:
   return True
 
 
-def _encode_prefixes(policy: Policy, split: str, count: int):
-  """Returns the text and the tokens of distinct prompts of a split."""
-  rows = synthetic.read("reviews:20000", split)
-  prompts = list(dict.fromkeys(row["prompt"] for row in rows))[:count]
-  return prompts, tokenize.encode_prompts(policy.tokenizer, prompts)
+def _prefixes(split: str, count: int) -> list[str]:
+  """Returns distinct prompts of a split."""
+  return policy_lib.read_prompts(
+    "synthetic", "reviews:20000", split=split, limit=count
+  )
+
+
+def _prompts(reference: Policy, texts: list[str]) -> measure.Prompts:
+  return measure.Prompts(
+    reference,
+    texts,
+    max_new_tokens=MAX_NEW_TOKENS,
+    reward_fn=registry.load("synthetic"),
+  )
 
 
 def _write_pairs(policy: Policy, path: pathlib.Path) -> None:
-  """Writes six pairs for each prefix: all pairs of four samples, less ties."""
-  prompts, tokens = _encode_prefixes(policy, "train", PREFIXES)
-  found = _sample(policy, tokens, SAMPLES_PER_PREFIX, seed=1)
-  part = path.with_suffix(".part")
-  with part.open("w") as file:
-    for prompt, samples in zip(prompts, found, strict=True):
-      for pair in itertools.combinations(_texts(policy, samples), 2):
-        low, high = sorted(pair, key=lambda text: _reward(prompt, text))
-        if _reward(prompt, low) < _reward(prompt, high):
-          row = {"prompt": prompt, "chosen": high, "rejected": low}
-          file.write(json.dumps(row) + "\n")
-  os.replace(part, path)
+  prompts = _prompts(policy, _prefixes("train", PREFIXES))
+  samples = prompts.sample(policy, SAMPLES_PER_PREFIX, seed=1)
+  responses = map(policy.responses, prompts.tokens, samples)
+  rewards = prompts.scores(policy, samples)
+  num_ties = measure.write_pairs(path, prompts.texts, responses, rewards)
+  print(f"{num_ties} pairs of equal reward are left out", flush=True)
 
 
 def _evaluate(folder: pathlib.Path, runs: dict[str, str]) -> str:
   """Returns the table of reward and KL, and writes it and the figure."""
   reference = Policy(runs["SFT"])
-  prompts, tokens = _encode_prefixes(reference, "test", TEST_PREFIXES)
-  points = []
-  for label, run in runs.items():
-    policy = Policy(run)
-    found = _sample(policy, tokens, TEST_SAMPLES, seed=2)
-    samples = list(itertools.chain(*found))
-    reference_logps = reference.logps(
-      [prompt for prompt in tokens for _ in range(TEST_SAMPLES)],
-      [sample.tokens for sample in samples],
-    )
-    policy_logps = np.array([sample.logps.sum() for sample in samples])
-    shape = (len(prompts), TEST_SAMPLES)
-    points.append(
-      frontier.make_point(
-        label,
-        policy_logps=policy_logps.reshape(shape),
-        reference_logps=reference_logps.reshape(shape),
-        rewards=_rewards(policy, prompts, found),
-      )
-    )
-  found = _sample(reference, tokens, FRONTIER_SAMPLES, seed=3)
+  prompts = _prompts(reference, _prefixes("test", TEST_PREFIXES))
+  points = [
+    prompts.point(label, Policy(run), TEST_SAMPLES, seed=2)
+    for label, run in runs.items()
+  ]
+  samples = prompts.sample(reference, FRONTIER_SAMPLES, seed=3)
   limit = frontier.optimal_frontier(
-    _rewards(reference, prompts, found), np.geomspace(0.01, 100, 200)
+    prompts.scores(reference, samples), np.geomspace(0.01, 100, 200)
   )
   return frontier.write(folder, points, limit, reward_name="mean true reward")
-
-
-def _sample(policy, tokens, per_prompt, *, seed):
-  settings = decode.Settings(MAX_NEW_TOKENS)
-  return policy.sample(
-    tokens, settings, seed=seed, samples_per_prompt=per_prompt, batch_rows=512
-  )
-
-
-def _rewards(policy, prompts, found) -> np.ndarray:
-  """Returns the true rewards [prompts, samples]."""
-  return np.array(
-    [
-      [_reward(prompt, text) for text in _texts(policy, samples)]
-      for prompt, samples in zip(prompts, found, strict=True)
-    ]
-  )
-
-
-def _texts(policy: Policy, samples: Sequence[decode.Sample]) -> list[str]:
-  return [" " + text for text in policy.texts(samples)]
-
-
-def _reward(prompt: str, response: str) -> float:
-  return synthetic.true_reward(prompt + response)

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from configs import quickstart
+from dpo_jax.data import synthetic
 from dpo_jax.pipelines import quickstart as pipeline
 from tests import test_end_to_end
 
@@ -35,7 +36,7 @@ def test_a_small_quickstart_runs_its_stages_once(tmp_path, monkeypatch, capsys):
   pairs = (tmp_path / "pairs.jsonl").read_text().splitlines()
   for row in map(json.loads, pairs):
     chosen, rejected = (
-      pipeline.synthetic.true_reward(row["prompt"] + row[name])
+      synthetic.true_reward(row["prompt"] + row[name])
       for name in ("chosen", "rejected")
     )
     assert chosen > rejected

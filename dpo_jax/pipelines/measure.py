@@ -1,0 +1,119 @@
+"""What the experiments share: labelled pairs, and points of reward and KL."""
+
+import itertools
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from dpo_jax.data import tokenize
+from dpo_jax.evaluation import frontier
+from dpo_jax.policy import Policy
+from dpo_jax.rewards.registry import RewardFn
+from dpo_jax.sampling import decode
+
+BATCH_ROWS = 512  # responses that grow at once
+
+
+class Prompts:
+  """Held-out prompts, their tokens, and what they are sampled with.
+
+  Attributes:
+    texts: the prompts.
+    tokens: their token ids.
+  """
+
+  def __init__(
+    self,
+    reference: Policy,
+    texts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    reward_fn: RewardFn,
+  ):
+    """Tokenises; `reference` is what KL is measured to."""
+    self.texts = list(texts)
+    self.tokens = tokenize.encode_prompts(reference.tokenizer, self.texts)
+    self._reference = reference
+    self._settings = decode.Settings(max_new_tokens)
+    self._reward_fn = reward_fn
+
+  def sample(
+    self, policy: Policy, num_samples: int, *, seed: int
+  ) -> list[list[decode.Sample]]:
+    """Returns samples of each prompt at temperature 1."""
+    return policy.sample(
+      self.tokens,
+      self._settings,
+      seed=seed,
+      samples_per_prompt=num_samples,
+      batch_rows=BATCH_ROWS,
+    )
+
+  def scores(
+    self,
+    policy: Policy,
+    samples: Sequence[Sequence[decode.Sample]],
+    reward_fn: RewardFn | None = None,
+  ) -> np.ndarray:
+    """Returns f64[prompts, n], the reward of each sample.
+
+    Args:
+      policy: whose tokens they are.
+      samples: n of each prompt.
+      reward_fn: another reward than the true one.
+    """
+    texts = [
+      text
+      for prompt, of_prompt in zip(self.tokens, samples, strict=True)
+      for text in policy.responses(prompt, of_prompt)
+    ]
+    repeated = [x for x, row in zip(self.texts, samples) for _ in row]
+    found = (reward_fn or self._reward_fn)(repeated, texts)
+    return np.asarray(found, np.float64).reshape(len(self.texts), -1)
+
+  def point(
+    self, label: str, policy: Policy, num_samples: int, *, seed: int
+  ) -> frontier.Point:
+    """Returns a policy's mean true reward and its KL to the reference."""
+    samples = self.sample(policy, num_samples, seed=seed)
+    shape = (len(self.texts), num_samples)
+    reference_logps = self._reference.logps(
+      [prompt for prompt in self.tokens for _ in range(num_samples)],
+      [sample.tokens for row in samples for sample in row],
+    )
+    policy_logps = [[x.logps.sum() for x in row] for row in samples]
+    return frontier.make_point(
+      label,
+      policy_logps=np.array(policy_logps, np.float64),
+      reference_logps=np.asarray(reference_logps, np.float64).reshape(shape),
+      rewards=self.scores(policy, samples),
+    )
+
+
+def write_pairs(
+  path: pathlib.Path,
+  prompts: Iterable[str],
+  responses: Iterable[Sequence[str]],
+  rewards: Iterable[Sequence[float]],
+) -> int:
+  """Writes all pairs of each prompt's responses; returns how many were ties.
+
+  Six of four, as in Rafailov et al. 2023, sec 6.1. The higher reward is
+  chosen; of equals there is no pair.
+  """
+  part, num_ties = path.with_name(path.name + ".part"), 0
+  with part.open("w") as file:
+    for prompt, texts, scores in zip(prompts, responses, rewards, strict=True):
+      scored = zip(texts, map(float, scores), strict=True)
+      for pair in itertools.combinations(scored, 2):
+        (rejected, low), (chosen, high) = sorted(pair, key=lambda x: x[1])
+        num_ties += low == high
+        if low < high:
+          row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+          row |= {"chosen_score": high, "rejected_score": low}
+          file.write(json.dumps(row) + "\n")
+  os.replace(part, path)
+  return num_ties

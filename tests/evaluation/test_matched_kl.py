@@ -1,0 +1,46 @@
+"""Methods at the same KL."""
+
+import numpy as np
+import pytest
+
+from dpo_jax.evaluation import frontier, matched_kl
+from dpo_jax.evaluation.frontier import Point
+
+START = Point("SFT", 0.0, 0.0, 0.5, 0.02, 8)
+
+
+def _point(kl, reward, error=0.02, label="DPO"):
+  return Point(label, kl, 0.1, reward, error, 8)
+
+
+def test_reward_is_linear_between_dots():
+  points = [START, _point(2.0, 0.7, 0.04)]
+  reward, error = matched_kl.reward_at(points, 1.0)
+  assert reward == pytest.approx(0.6)
+  assert error == pytest.approx(np.hypot(0.01, 0.02))
+  assert matched_kl.reward_at(points, 2.0) == pytest.approx((0.7, 0.04))
+
+
+def test_a_dot_with_more_kl_and_less_reward_is_passed_over():
+  points = [START, _point(1.0, 0.8), _point(2.0, 0.6), _point(3.0, 0.9)]
+  assert [x.kl for x in matched_kl.upper(points)] == [0.0, 1.0, 3.0]
+  assert matched_kl.reward_at(points, 2.0)[0] == pytest.approx(0.85)
+
+
+def test_nothing_is_said_past_the_last_dot():
+  points = [START, _point(1.0, 0.8), _point(9.0, 0.7)]
+  assert matched_kl.reward_at(points, 1.5) is None
+  assert matched_kl.reward_at([_point(1.0, 0.8)], 0.5) is None
+
+
+def test_the_table_says_at_least_where_the_best_is_not_known():
+  rewards = np.array([[0.0, 1.0], [0.25, 0.75]])
+  limit = frontier.optimal_frontier(rewards, np.geomspace(0.01, 100, 200))
+  points = [START, _point(0.2, 0.6), _point(4.0, 0.75)]
+  table = matched_kl.compare(points, limit, [0.2, 4.0, 9.0], max_reward=1.0)
+  *_, dpo, best = table.splitlines()
+  share = 0.1 / (limit.reward_at(0.2) - 0.5)
+  assert dpo == f"| DPO | 0.600 +- 0.020, {share:.0%} |" + (
+    " 0.750 +- 0.020, at least 50% | - |"
+  )
+  assert best.count("at most 1") == 2

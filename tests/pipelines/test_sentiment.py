@@ -1,0 +1,110 @@
+"""Controlled sentiment on reviews of the miniature grammar, small and whole."""
+
+import functools
+import json
+
+import pytest
+
+from configs import imdb_sentiment
+from dpo_jax.checkpoints import manager
+from dpo_jax.data import synthetic
+from dpo_jax.pipelines import sentiment
+
+GRID = (
+  ("DPO", "dpo", {"loss.beta": 0.1}),
+  ("PPO", "ppo", {"ppo.target_kl": 3.0}),
+  ("PPO-GT", "ppo", {"ppo.target_kl": 3.0}),
+)
+PLAN = sentiment.Plan(
+  num_prefixes=24,
+  num_test_prefixes=4,
+  test_samples=2,
+  frontier_samples=4,
+  max_new_tokens=8,
+  grid=GRID,
+  vocab_size=300,
+)
+
+
+def _config(loss, **changes):
+  config = imdb_sentiment.get_config(f"{loss},cpu")
+  if config.model.preset:
+    config.model.preset = "tiny"
+  config.batch_size, config.steps = 8, 2
+  config.microbatch_rows = 8
+  if loss in ("dpo", "ppo"):
+    config.checkpoint.every = 1
+  config.update(changes)
+  return config
+
+
+@pytest.fixture
+def reviews(tmp_path):
+  """A folder of train, test and unsup reviews."""
+  folder = tmp_path / "data"
+  folder.mkdir()
+  for name in sentiment.FILES:
+    rows = synthetic.read("reviews:60", "test" if name == "test" else "train")
+    texts = [row["prompt"] + row["response"] for row in rows]
+    lines = (
+      {"text": text, "label": int(synthetic.true_reward(text) > 0.5)}
+      for text in texts
+      if len(text.split()) > 2
+    )
+    path = folder / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+  return folder
+
+
+@pytest.mark.slow
+def test_a_small_experiment_runs_its_stages_once(tmp_path, reviews, capsys):
+  workdir = tmp_path / "run"
+  run = functools.partial(sentiment.run, str(workdir), str(reviews))
+  assert run(_config, PLAN)
+  record = json.loads((workdir / "frontier.json").read_text())
+  labels = [point["label"] for point in record["points"]]
+  assert labels == [
+    "SFT",
+    *(label for label, *_ in GRID for _ in range(2)),
+    *["Best-of-N"] * 2,
+  ]
+  assert abs(record["points"][0]["kl"]) < 1e-3
+  assert {point["num_samples"] for point in record["points"]} == {8, 16}
+  for row in map(json.loads, (workdir / "pairs.jsonl").open()):
+    assert row["chosen_score"] > row["rejected_score"]
+  prompts = [
+    {json.loads(line)["prompt"] for line in (workdir / name).open()}
+    for name in ("pairs.jsonl", "held_out_pairs.jsonl")
+  ]
+  assert all(prompts) and not set.intersection(*prompts)
+  # Dots are kept, the checkpoints that they were of are not.
+  assert manager.saved_steps(workdir / "dpo_beta_0.1") == [2]
+  report = (workdir / "report.md").read_text()
+  assert "| PPO-GT |" in report and "reward model of the pairs" in report
+  kept = (workdir / "points.jsonl").read_text()
+  capsys.readouterr()
+  assert run(_config, PLAN)
+  assert capsys.readouterr().out.count("nothing to do") == 3 + len(GRID)
+  assert (workdir / "points.jsonl").read_text() == kept
+
+
+def test_the_true_reward_is_ppo_gts_alone(tmp_path, reviews, monkeypatch):
+  rewards = {}
+  monkeypatch.setattr(
+    sentiment.trainer,
+    "train",
+    lambda config, path: rewards.update({path: config.ppo.reward}) or True,
+  )
+  files = {name: str(reviews / name) for name in sentiment.FILES}
+  experiment = sentiment._Experiment(tmp_path, files, _config, PLAN, "")
+  assert all(stage() for _, stage in experiment.methods())
+  assert rewards == {
+    f"{tmp_path}/dpo_beta_0.1": "",
+    f"{tmp_path}/ppo_target_kl_3": f"run:{tmp_path}/reward_model",
+    f"{tmp_path}/ppo_gt_target_kl_3": f"run:{tmp_path}/classifier",
+  }
+
+
+def test_a_folder_without_reviews_is_named(tmp_path):
+  with pytest.raises(ValueError, match=r"has no train\.jsonl"):
+    sentiment.run(str(tmp_path / "run"), str(tmp_path), _config, PLAN)
