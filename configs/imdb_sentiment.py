@@ -56,7 +56,7 @@ PLANS = {
     grid=GRID,
   ),
   "cpu": dict(
-    num_prefixes=2_500,
+    num_prefixes=8_000,
     num_test_prefixes=128,
     test_samples=4,
     frontier_samples=256,
@@ -134,7 +134,7 @@ def _set_cpu(config, loss):
   config.optimizer.learning_rate = 3e-4
   if loss in DEMONSTRATIONS:
     config.epochs = 2
-    config.model.preset = "small"
+    config.model.preset = "nano"
     config.model.tokenizer = "runs/imdb_tokenizer"
     config.optimizer.learning_rate = 2e-3
     config.optimizer.schedule = "cosine"

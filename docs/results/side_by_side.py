@@ -5,8 +5,9 @@
     trl='.venv-trl/bin/python trl_dpo.py bench 6 8 512 6 512 padding_free'
 
 The first command is what the others are compared with. A rate is the last
-number before or after the words "pairs/s" in a command's output, and peak
-memory is that of its process as the system measures it.
+number before or after the unit (`--unit=tokens/s`; by default pairs/s) in a
+command's output, and peak memory is that of its process as the system measures
+it.
 """
 
 import re
@@ -16,43 +17,40 @@ import statistics
 import subprocess
 import sys
 
-RATE = re.compile(r"pairs/s (\d+\.\d+)|(\d+\.\d+) pairs/s")
-
 
 def main() -> None:
-  arguments = sys.argv[1:]
-  rounds = 3
-  if arguments and arguments[0].startswith("--rounds="):
-    rounds = int(arguments.pop(0).removeprefix("--rounds="))
-  commands = dict(argument.split("=", 1) for argument in arguments)
+  commands = dict(argument.split("=", 1) for argument in sys.argv[1:])
+  rounds = int(commands.pop("--rounds", 3))
+  unit = commands.pop("--unit", "pairs/s")
   rates = {name: [] for name in commands}
   peaks = dict.fromkeys(commands, 0)
   for number in range(1, rounds + 1):
     for name, command in commands.items():
-      rate, peak = _run(command)
+      rate, peak = _run(command, unit)
       rates[name].append(rate)
       peaks[name] = max(peaks[name], peak)
-      print(f"round {number} {name}: {rate:.3f} pairs/s", flush=True)
+      print(f"round {number} {name}: {rate:.3f} {unit}", flush=True)
   first = next(iter(rates))
   for name, values in rates.items():
     ratio = statistics.median(
       ours / theirs for ours, theirs in zip(rates[first], values, strict=True)
     )
     print(
-      f"{name}: median {statistics.median(values):.3f} pairs/s, peak"
+      f"{name}: median {statistics.median(values):.3f} {unit}, peak"
       f" {peaks[name] / 1e9:.2f} GB; {first} is {ratio:.2f} times as fast"
     )
 
 
-def _run(command: str) -> tuple[float, int]:
-  """Returns pairs/s and the peak resident bytes of one run of a command."""
+def _run(command: str, unit: str) -> tuple[float, int]:
+  """Returns the rate and the peak resident bytes of one run of a command."""
   measured = subprocess.run(
     [sys.executable, __file__, "--child", command],
     capture_output=True,
     text=True,
     check=False,
   )
-  found = RATE.findall(measured.stdout)
+  number = r"(\d+\.\d+)"
+  found = re.findall(f"{unit} {number}|{number} {unit}", measured.stdout)
   if measured.returncode or not found:
     sys.exit(f"{command}\n{measured.stdout}\n{measured.stderr}")
   peak = int(measured.stdout.strip().splitlines()[-1])

@@ -306,6 +306,8 @@ _SIZES: dict[str, tuple[Any, ...]] = {
   "tiny": ("llama", 512, 2, 64, 176, 4, 2, 512, {}),
   # 0.6 million with a vocabulary of its own text: a classifier in minutes.
   "mini": ("llama", 8192, 2, 64, 176, 4, 4, 1024, {"tied": True}),
+  # 1 million with a vocabulary of 4,096: a policy in minutes.
+  "nano": ("llama", 4096, 3, 128, 352, 4, 4, 1024, {"tied": True}),
   # 10 million parameters with the vocabulary of GPT-2, to train on a laptop.
   "small": ("llama", 50_257, 6, 160, 448, 5, 5, 1024, {"tied": True}),
   # 58 million parameters, for benchmarks.
