@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import quickstart
-from dpo_jax import trainer
+from dpo_jax import export, trainer
 from dpo_jax.checkpoints import manager, source
 from dpo_jax.data import synthetic
 from dpo_jax.models import config as model_config
@@ -173,7 +173,7 @@ def test_a_run_is_read_at_its_best_and_exported(tmp_path, monkeypatch):
   )
   assert np.mean(chosen > rejected) == pytest.approx(max(accuracies))
   exported = str(tmp_path / "exported")
-  trainer.export(str(run), exported)
+  export.write(str(run), exported)
   again = learned.load(exported, max_length=40)(PROMPTS, RESPONSES)
   np.testing.assert_array_equal(again, scores)
 
