@@ -92,8 +92,9 @@ def get_config() -> config_dict.ConfigDict:
   # Of loss.name "ppo", whose responses are sampled: `data` gives its prompts,
   # `steps` are iterations and `batch_size` is the responses of one.
   config.ppo = config_dict.ConfigDict()
-  # synthetic (the true reward of synthetic reviews), or run:FOLDER of a reward
-  # model.
+  # synthetic (the true reward of synthetic reviews); run:FOLDER of a reward
+  # model, whose score it is, or of a classifier, whose probability of label 1
+  # it is: a run folder or a ForSequenceClassification folder.
   config.ppo.reward = ""
   config.ppo.max_new_tokens = 128  # at which a response is cut
   config.ppo.temperature = 1.0  # of sampling, above 0

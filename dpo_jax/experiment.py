@@ -1,7 +1,6 @@
 """From a config to an experiment: the one place that reads a ConfigDict."""
 
 import dataclasses
-import functools
 import json
 import math
 import pathlib
@@ -10,46 +9,19 @@ from typing import Any
 
 import jax
 import optax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dpo_jax import adapters, sharding
+from dpo_jax import adapters, batches, reference_model, sharding
+from dpo_jax import reinforcement as reinforcement_lib
 from dpo_jax.checkpoints import manager, source
-from dpo_jax.data import dataset, loader, packing, synthetic, tokenize
+from dpo_jax.data import loader, synthetic, tokenize
 from dpo_jax.losses import objectives
 from dpo_jax.models import config as model_config
 from dpo_jax.models import heads, transformer
-from dpo_jax.sampling import decode
-from dpo_jax.training import loop, optimizers, ppo, state, steps
+from dpo_jax.training import loop, optimizers, ppo, steps
 from dpo_jax.training import reference as reference_lib
 from dpo_jax.types import Params
-
-PPO = "ppo"  # the loss whose responses are sampled
-
-
-@dataclasses.dataclass(frozen=True)
-class Reinforcement:
-  """What a run of PPO needs besides.
-
-  Attributes:
-    settings: of its updates.
-    sampling: of its responses.
-    rows: what these are packed into.
-    reward: a name of `rewards.registry`.
-    seed: of samples and of the order of minibatches.
-  """
-
-  settings: ppo.Settings
-  sampling: decode.Settings
-  rows: ppo.RowSettings
-  reward: str
-  seed: int
-
-  @property
-  def updates_per_step(self) -> int:
-    """Updates of the parameters in an iteration, which is a step of a run."""
-    return self.settings.epochs * self.settings.minibatches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +69,7 @@ class Experiment:
   num_checkpoints: int
   best_metric: str
   wandb_project: str
-  reinforcement: Reinforcement | None = None
+  reinforcement: reinforcement_lib.Reinforcement | None = None
 
 
 def build(config: ConfigDict) -> Experiment:
@@ -119,21 +91,44 @@ def build(config: ConfigDict) -> Experiment:
   shardings = transformer.layouts(mesh, policy)
   load_base = lambda: None
   load_policy = _make_load_policy(config, opened, policy, shardings)
-  reference, load_reference = _make_reference(
-    config, objective, policy, lora_options, shardings, mesh
+  reference, load_reference = reference_model.make(
+    config.reference.to_dict(),
+    policy,
+    lora_options,
+    shardings,
+    mesh,
+    loss_name=config.loss.name,
+    has_reference=objective.needs_reference or config.loss.name == "ppo",
+    compute=_compute_settings(config),
   )
   if policy.lora:
     load_base, load_policy, shardings = adapters.make_loads(
       lora_options, policy, load_policy, mesh, seed=config.seed
     )
   models = [model for model in (policy, reference.model) if model]
-  train_loader, eval_loader = _make_loaders(
-    config, objective, tokenizer, mesh, models
+  train_loader, eval_loader = batches.make_loaders(
+    config.data.to_dict(),
+    objective,
+    tokenizer,
+    mesh,
+    models,
+    cache_dir=_cache_dir(config),
+    batch_size=config.batch_size,
+    microbatch_rows=config.microbatch_rows,
+    eval_pairs=config.eval.pairs,
+    seed=config.seed,
   )
   total_steps = _total_steps(config, train_loader)
   reinforcement, num_updates = None, total_steps
-  if config.loss.name == PPO:
-    reinforcement = _make_reinforcement(config, train_loader)
+  if config.loss.name == "ppo":
+    reinforcement = reinforcement_lib.make(
+      *_check_ppo(config),
+      train_loader,
+      max_prompt_length=config.data.max_prompt_length,
+      row_length=config.data.row_length,
+      reward=config.ppo.reward,
+      seed=config.seed,
+    )
     num_updates *= reinforcement.updates_per_step
     load_policy, shardings = ppo.with_value_head(
       load_policy, shardings, policy, mesh
@@ -196,11 +191,11 @@ def make_objective(config: ConfigDict) -> objectives.Objective:
   """
   options = config.loss.to_dict()
   name = options.pop("name")
-  if config.ppo.reward and name != PPO:
+  if config.ppo.reward and name != "ppo":
     raise ValueError(
       f"ppo.reward='{config.ppo.reward}': loss '{name}' samples no responses"
     )
-  if name == PPO:
+  if name == "ppo":
     _check_plain(options)
     _check_ppo(config)
     name = "sft"
@@ -219,56 +214,13 @@ def _check_plain(options):
 
 
 def _check_ppo(config):
-  """Returns the settings of PPO's updates and of its samples.
-
-  Raises:
-    ValueError: one of them is not right.
-  """
-  options = config.ppo.to_dict()
-  if not options.pop("reward"):
-    raise ValueError("ppo.reward='': loss 'ppo' needs one")
-  sampling = decode.Settings(
-    options.pop("max_new_tokens"), options.pop("temperature")
+  return reinforcement_lib.check(
+    config.ppo.to_dict(),
+    config.data.to_dict(),
+    batch_size=config.batch_size,
+    reference_mode=config.reference.mode,
+    lora_rank=config.lora.rank,
   )
-  if not sampling.temperature:
-    raise ValueError("ppo.temperature=0: must be above 0")
-  settings = ppo.Settings(**options)
-  if config.batch_size % settings.minibatches:
-    raise ValueError(
-      f"ppo.minibatches={settings.minibatches}: must divide"
-      f" batch_size={config.batch_size}"
-    )
-  longest = config.data.max_prompt_length + sampling.max_new_tokens
-  for key, length in config.data.items():
-    if key in ("max_length", "row_length") and 0 < length < longest:
-      raise ValueError(
-        f"data.{key}={length}: must hold"
-        f" data.max_prompt_length={config.data.max_prompt_length} and"
-        f" ppo.max_new_tokens={sampling.max_new_tokens}"
-      )
-  if config.reference.mode != "live":
-    raise ValueError(
-      f"reference.mode='{config.reference.mode}': loss 'ppo' allows 'live' only"
-    )
-  if config.lora.rank:
-    raise ValueError(
-      f"lora.rank={config.lora.rank}: loss 'ppo' trains all weights"
-    )
-  return settings, sampling
-
-
-def _make_reinforcement(config, prompts):
-  """Returns what PPO needs besides; `prompts` is a loader of these."""
-  settings, sampling = _check_ppo(config)
-  longest = config.data.max_prompt_length + sampling.max_new_tokens
-  rows = ppo.RowSettings(
-    row_length=config.data.row_length or math.ceil(longest / 128) * 128,
-    max_length=longest,
-    microbatch_rows=prompts.microbatch_rows,
-    row_range=prompts.row_range,
-  )
-  reward, seed = config.ppo.reward, config.seed
-  return Reinforcement(settings, sampling, rows, reward, seed)
 
 
 def _policy_config(config):
@@ -385,143 +337,6 @@ def _make_load_body(config, opened, policy, shardings, rng):
     out_shardings=shardings,
   )
   return lambda: add_head(opened.load(saved, layouts))
-
-
-def _make_reference(config, objective, policy, lora_options, shardings, mesh):
-  """Returns what the reference is, and how its weights come."""
-  options = config.reference
-  has_reference = objective.needs_reference or config.loss.name == PPO
-  reference_lib.check_mode(
-    options.mode,
-    options.path,
-    config.loss.name,
-    has_reference=has_reference,
-    has_adapters=bool(policy.lora),
-  )
-  make = functools.partial(
-    reference_lib.make_reference, alpha=options.alpha, every=options.every
-  )
-  if not has_reference:
-    return make(options.mode, None), lambda params: None
-  if policy.lora:
-    is_off = options.mode == "adapter_off"
-    shared = adapters.share_reference(
-      lora_options,
-      policy,
-      mesh,
-      path=config.model.path if is_off else options.path,
-      dtype=options.dtype,
-    )
-    if shared:
-      return make(options.mode, shared[0]), shared[1]
-  dtype = policy.dtype if options.dtype == "auto" else options.dtype
-  if not options.path:
-    model = dataclasses.replace(policy, param_dtype=dtype)
-    copy = functools.partial(
-      state.copy_params, dtype=dtype, shardings=shardings
-    )
-    return make(options.mode, model), lambda params: copy(
-      ppo.decoder_params(params)
-    )
-  opened = source.open_model(options.path)
-  if opened.config.vocab_size != policy.vocab_size:
-    raise ValueError(
-      f"reference.path='{options.path}': its vocabulary has"
-      f" {opened.config.vocab_size} tokens and the policy's"
-      f" {policy.vocab_size}"
-    )
-  settings = _compute_settings(config) | {"param_dtype": dtype}
-  model = dataclasses.replace(opened.config, **settings)
-  layouts = transformer.layouts(mesh, model)
-  reference = make(options.mode, model)
-  alike = dataclasses.replace(model, param_dtype=policy.param_dtype)
-  shapes = transformer.param_shapes
-  if reference.moves and shapes(alike) != shapes(policy):
-    raise ValueError(
-      f"reference.mode={options.mode!r}: the reference at {options.path!r} has"
-      " parameters of other shapes than the policy's, to which it should move"
-    )
-  return reference, lambda params: opened.load(model, layouts)
-
-
-def _make_loaders(config, objective, tokenizer, mesh, models):
-  read = functools.partial(_read_tokens, config, objective, tokenizer)
-  train_data = read(config.data.path, config.data.split)
-  eval_data = None
-  if config.data.eval_path:
-    eval_data = read(config.data.eval_path, config.data.eval_split)
-    if config.eval.pairs:
-      eval_data = eval_data.head(config.eval.pairs)
-  layout = _layout(config.data.layout, models, train_data, eval_data)
-  shards = sharding.num_row_shards(mesh)
-  microbatch_rows = config.microbatch_rows or shards
-  if layout == "padded" and not config.microbatch_rows:
-    microbatch_rows += microbatch_rows % 2
-  if microbatch_rows % shards:
-    raise ValueError(
-      f"microbatch_rows={microbatch_rows}: must be a multiple of the"
-      f" {shards} devices that rows are split over (mesh.data * mesh.fsdp *"
-      " mesh.expert)"
-    )
-  settings = dict(
-    microbatch_rows=microbatch_rows,
-    row_length=config.data.row_length,
-    seed=config.seed,
-    layout=layout,
-    batch_size=config.batch_size,
-    row_range=sharding.local_rows(mesh, microbatch_rows),
-    extra_columns=objective.extra_columns,
-    scored="tokens" if objective.head == "vocabulary" else "ends",
-  )
-  train_loader = loader.Loader(
-    train_data, shuffle=config.data.shuffle, **settings
-  )
-  if config.batch_size > train_loader.num_pairs:
-    raise ValueError(
-      f"batch_size={config.batch_size}: larger than the data"
-      f" ({train_loader.num_pairs} pairs in {config.data.path})"
-    )
-  if eval_data is None:
-    return train_loader, None
-  return train_loader, loader.Loader(eval_data, shuffle=False, **settings)
-
-
-def _layout(layout, models, *data):
-  """Returns the layout that every window and all data allow, and says so."""
-  window = min((m.window for m in models if m.window), default=None)
-  lengths = [tokens.lengths for tokens in data if tokens is not None]
-  allowed = {packing.layout_for_window(x, layout, window) for x in lengths}
-  if allowed == {layout}:
-    return layout
-  _say(
-    f"data.layout: padded, as sequences are longer than the {window} keys that"
-    " a sliding window of the model sees"
-  )
-  return "padded"
-
-
-def _read_tokens(config, objective, tokenizer, path, split):
-  """Returns the tokens of one file or data set, and says what was dropped."""
-  options = config.data
-  tokens = dataset.load(
-    _cache_dir(config),
-    source=options.source,
-    path=path,
-    split=split,
-    tokenizer=tokenizer,
-    inputs=objective.inputs,
-    max_length=options.max_length,
-    max_prompt_length=options.max_prompt_length,
-    is_builder=jax.process_index() == 0,
-    barrier=lambda: multihost_utils.sync_global_devices("tokens cached"),
-  )
-  _say(f"data: {options.source} {path}", *tokenize.report_lines(tokens.report))
-  return tokens
-
-
-def _say(*lines):
-  if jax.process_index() == 0:
-    print(*lines, sep="\n", flush=True)
 
 
 def _cache_dir(config):

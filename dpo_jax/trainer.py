@@ -9,26 +9,21 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from dpo_jax import experiment as experiment_lib
-from dpo_jax import sharding
+from dpo_jax import reinforcement, sharding
 from dpo_jax.checkpoints import manager, reader, run_folder, source
-from dpo_jax.data import loader, tokenize
+from dpo_jax.data import loader
 from dpo_jax.evaluation import preferences
 from dpo_jax.experiment import Experiment
 from dpo_jax.models import (
   huggingface,
-  huggingface_adapters,
   lora,
   transformer,
 )
-from dpo_jax.rewards import registry as rewards
-from dpo_jax.sampling import decode
 from dpo_jax.training import (
-  iteration,
   loop,
   ppo,
   recorder,
@@ -38,8 +33,6 @@ from dpo_jax.training import (
 )
 from dpo_jax.training import reference as reference_lib
 from dpo_jax.types import Batch, Params
-
-PPO_BATCH_ROWS = 256  # responses that grow at once
 
 
 def join_processes() -> None:
@@ -78,69 +71,6 @@ def train(config: ConfigDict, workdir: str) -> bool:
   if finished and jax.process_index() == 0:
     run_folder.mark_finished(workdir)
   return finished
-
-
-def export(
-  path: str,
-  target: str,
-  *,
-  step: int | None = None,
-  dtype: str = "float32",
-  max_shard_bytes: float = 5e9,
-  adapter: bool = False,
-) -> None:
-  """Writes a model and its tokenizer as a Hugging Face folder.
-
-  Adapters are merged into their base.
-
-  Args:
-    path: a run folder, a Hugging Face folder or a hub name.
-    target: the folder to write; must not be what is read.
-    step: which checkpoint of a run; see `source.open_model`.
-    dtype: of the weights that are written.
-    max_shard_bytes: several files are written above this.
-    adapter: writes the adapters alone, in PEFT's format.
-
-  Raises:
-    ValueError: no such model, a target that is its source, or a whole model
-      where adapters are asked for.
-  """
-  if os.path.realpath(path) == os.path.realpath(target):
-    raise ValueError(f"the target {target!r} is the source")
-  opened = source.open_model(path, step=step)
-  if adapter:
-    _export_adapter(path, target, step, dtype, opened)
-    return
-  config = dataclasses.replace(opened.config, param_dtype=dtype)
-  tokenizer = tokenize.load_tokenizer(opened.tokenizer)
-  layouts = transformer.layouts(sharding.make_mesh(), config)
-  huggingface.save_model(
-    target,
-    config,
-    opened.load(config, layouts),
-    bos_token_id=tokenizer.bos_token_id,
-    eos_token_id=tokenizer.eos_token_id,
-    max_shard_bytes=max_shard_bytes,
-  )
-  if jax.process_index() == 0:
-    tokenizer.save_pretrained(target)
-
-
-def _export_adapter(path, target, step, dtype, opened):
-  adapter = source.open_adapter(path, step=step)
-  if adapter is None:
-    raise ValueError(f"{path!r} is a whole model: it has no adapters")
-  config = lora.with_lora(opened.config, adapter.lora(opened.config))
-  layouts = lora.layouts(sharding.make_mesh(), config)
-  huggingface_adapters.save(
-    target,
-    config,
-    adapter.load(config, layouts),
-    base=adapter.base,
-    dtype=dtype,
-  )
-  if jax.process_index() == 0:
-    tokenize.load_tokenizer(opened.tokenizer).save_pretrained(target)
 
 
 def describe(experiment: Experiment) -> Iterator[str]:
@@ -239,95 +169,6 @@ def host_batch(experiment: Experiment, k: int) -> loop.HostBatch:
   )
 
 
-def make_iteration(experiment: Experiment) -> iteration.Iteration:
-  """Returns what samples, scores and updates on a batch of prompts.
-
-  A response is sampled under its prompt's place among the prompts of all
-  iterations, so that draws are a function of the seed and the iteration.
-  """
-  options, tokenizer = experiment.reinforcement, experiment.tokenizer
-  reward_fn = rewards.load(options.reward)
-  actor = lambda model: ppo.Actor(
-    model, experiment.scorer.chunk_length, options.sampling.temperature
-  )
-
-  def generate(params, prompts, numbers):
-    found = decode.Sampler(experiment.scorer.policy, params).sample(
-      prompts,
-      options.sampling,
-      seed=options.seed,
-      eos_id=tokenizer.eos_token_id,
-      batch_rows=min(len(prompts), PPO_BATCH_ROWS),
-      indices=numbers,
-    )
-    return [sample.tokens for (sample,) in found]
-
-  return iteration.Iteration(
-    options.settings,
-    policy=actor(experiment.scorer.policy),
-    reference=actor(experiment.reference.model),
-    optimizer=experiment.optimizer,
-    rows=options.rows,
-    max_new_tokens=options.sampling.max_new_tokens,
-    generate_fn=generate,
-    score_fn=lambda *tokens: reward_fn(*_texts(tokenizer, *tokens)),
-    mesh=experiment.mesh,
-    seed=options.seed,
-  )
-
-
-def prompts_of(experiment: Experiment, k: int) -> loop.HostBatch:
-  """Returns the number of iteration k, counted from 0, and its prompts."""
-  batches = experiment.loader
-  prompts = _prompts(batches, batches.indices(k))
-  return loop.HostBatch((k, prompts), num_pairs=len(prompts))
-
-
-def _prompts(batches: loader.Loader, indices: np.ndarray) -> ppo.Tokens:
-  found = batches.dataset.take(indices).prompt
-  return [x.tolist() for x in np.split(found.values, found.offsets[1:-1])]
-
-
-def _texts(tokenizer, prompts, responses) -> tuple[list[str], list[str]]:
-  """Returns the texts of prompts and of responses, without special tokens.
-
-  A response has the space before its first word, where decoding both shows it.
-  """
-  decode_all = functools.partial(
-    tokenizer.batch_decode, skip_special_tokens=True
-  )
-  before, alone = decode_all(prompts), decode_all(responses)
-  both = decode_all([p + list(r) for p, r in zip(prompts, responses)])
-  return before, [
-    text.removeprefix(prompt) if text.startswith(prompt) else response
-    for text, prompt, response in zip(both, before, alone)
-  ]
-
-
-def _iteration_step(experiment, iterate):
-  """Returns `step(state, (k, prompts)) -> (state, metrics)` for the loop."""
-  updates = experiment.reinforcement.updates_per_step
-
-  def step(train_state, batch):
-    k, prompts = batch
-    # Responses come to the host and go back, which the loop else forbids.
-    with jax.transfer_guard("allow"):
-      train_state, metrics = iterate(train_state, k, prompts)
-      metrics["learning_rate"] = experiment.learning_rate(k * updates)
-    return train_state, metrics
-
-  return step
-
-
-def _prompts_eval_fn(experiment, iterate):
-  """Returns a function of the state that samples the held-out prompts."""
-  batches = experiment.eval_loader
-  if batches is None:
-    return None
-  prompts = _prompts(batches, np.arange(batches.num_pairs))
-  return lambda train_state: iterate.evaluate(train_state, prompts)
-
-
 def make_eval_fn(experiment: Experiment) -> loop.EvalFn | None:
   """Returns a function of the state, or None without evaluation data."""
   batches = experiment.eval_loader
@@ -424,19 +265,13 @@ def _saved(
 
 def _run_loop(experiment, first, done, checkpoints, record) -> bool:
   if experiment.reinforcement:
-    iterate = make_iteration(experiment)
-    train_step = _iteration_step(experiment, iterate)
-    eval_fn, batch_fn = _prompts_eval_fn(experiment, iterate), prompts_of
+    train_step, eval_fn = _make_ppo(experiment)
+    batch_fn = functools.partial(reinforcement.prompts_of, experiment.loader)
   else:
-    eval_fn, batch_fn = make_eval_fn(experiment), host_batch
-    train_step = compile_train_step(
-      experiment, first, host_batch(experiment, done).batch
-    )
-  batches = loader.prefetch(
-    functools.partial(batch_fn, experiment),
-    done,
-    experiment.schedule.last_step,
-  )
+    eval_fn = make_eval_fn(experiment)
+    batch_fn = functools.partial(host_batch, experiment)
+    train_step = compile_train_step(experiment, first, batch_fn(done).batch)
+  batches = loader.prefetch(batch_fn, done, experiment.schedule.last_step)
 
   def save(step, train_state, eval_metrics):
     checkpoints.save(
@@ -454,6 +289,23 @@ def _run_loop(experiment, first, done, checkpoints, record) -> bool:
     record_fn=record.write,
   )
   return finished
+
+
+def _make_ppo(experiment):
+  """Returns an iteration as a step, and the evaluation on held-out prompts."""
+  options = experiment.reinforcement
+  iterate = reinforcement.make_iteration(
+    options,
+    experiment.scorer,
+    experiment.reference.model,
+    tokenizer=experiment.tokenizer,
+    optimizer=experiment.optimizer,
+    mesh=experiment.mesh,
+  )
+  return (
+    reinforcement.make_step(options, iterate, experiment.learning_rate),
+    reinforcement.make_eval_fn(experiment.eval_loader, iterate),
+  )
 
 
 def _write_run_files(experiment, workdir):

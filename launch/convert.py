@@ -32,9 +32,9 @@ flags.mark_flags_as_required(["source", "target"])
 
 def main(argv: list[str]) -> int:
   """Returns 0."""
-  from dpo_jax import trainer
+  from dpo_jax import export
 
-  trainer.export(
+  export.write(
     SOURCE.value,
     TARGET.value,
     step=STEP.value,

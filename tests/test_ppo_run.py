@@ -8,7 +8,7 @@ import pytest
 
 from configs import quickstart
 from dpo_jax import experiment, policy, trainer
-from dpo_jax.data import synthetic
+from dpo_jax.data import synthetic, tokenize
 from dpo_jax.rewards import registry
 from dpo_jax.sampling import decode
 from dpo_jax.training import ppo
@@ -102,7 +102,7 @@ def test_the_reward_reads_prompt_and_response_as_one_review():
   encode = lambda text: tokenizer(text).input_ids
   prompts = [encode("the plot was not"), encode("a film")]
   responses = [encode("good .") + [tokenizer.eos_token_id], encode("was dull")]
-  texts = trainer._texts(tokenizer, prompts, responses)
+  texts = tokenize.decode(tokenizer, prompts, responses)
   assert texts == (["the plot was not", "a film"], [" good .", " was dull"])
   expected = [
     synthetic.true_reward("the plot was not good ."),

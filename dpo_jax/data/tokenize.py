@@ -9,6 +9,7 @@ which writes all special tokens itself.
 
 import array
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -239,6 +240,26 @@ def encode_responses(
     if ids[-1:] != [eos]:
       ids.append(eos)
   return encoded
+
+
+def decode(
+  tokenizer: Tokenizer,
+  prompts: Sequence[Sequence[int]],
+  responses: Sequence[Sequence[int]],
+) -> tuple[list[str], list[str]]:
+  """Returns the texts of prompts and of responses, without special tokens.
+
+  A response has the space before its first word, where decoding both shows it.
+  """
+  decode_all = functools.partial(
+    tokenizer.batch_decode, skip_special_tokens=True
+  )
+  before, alone = decode_all(prompts), decode_all(responses)
+  both = decode_all([[*p, *r] for p, r in zip(prompts, responses, strict=True)])
+  return before, [
+    text.removeprefix(prompt) if text.startswith(prompt) else response
+    for text, prompt, response in zip(both, before, alone, strict=True)
+  ]
 
 
 def _tokenize_chunk(

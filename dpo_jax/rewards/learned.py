@@ -17,7 +17,7 @@ from dpo_jax.models import config as model_config
 from dpo_jax.models import transformer
 from dpo_jax.training import scoring, steps
 
-OUTPUTS = ("logit", "probability")
+OUTPUTS = ("logit", "probability", "auto")
 BATCH_SIZE = 64  # responses that are scored before the host looks at them
 SHARD_ROWS = 8  # rows that a device computes at once
 # Of a model that no run says them of.
@@ -47,7 +47,8 @@ def load(
       name of a `...ForSequenceClassification` of a family that we know: of one
       label its score, of two score_1 - score_0.
     output: `logit`, the score as it is: of a classifier the log-odds of label
-      1. Or `probability` of label 1, in (0, 1), of a classifier only.
+      1. Or `probability` of label 1, in (0, 1), of a classifier only. `auto` is
+      the probability of a classifier and the score of a reward model.
     step: which checkpoint of a run; by default the best that was evaluated.
     max_length: tokens of prompt and response, above 1; by default the run's
       own, else 512.
@@ -68,6 +69,8 @@ def load(
       f"{path!r} is a language model; allowed: a run of reward_model or"
       " classifier, or a ForSequenceClassification folder"
     )
+  if output == "auto":
+    output = "probability" if opened.config.head == "classifier" else "logit"
   if output == "probability" and opened.config.head != "classifier":
     raise ValueError(
       f"output='probability': {path!r} is a reward model, of whose scores only"

@@ -15,10 +15,11 @@ def load(name: str) -> RewardFn:
 
   Args:
     name: `synthetic`, the true reward of synthetic reviews; or `run:FOLDER`,
-      what a trained reward model says.
+      the score of a trained reward model, or a classifier's probability of
+      label 1. The folder is what `learned.load` takes.
 
   Raises:
-    ValueError: a name of another form, or no such run.
+    ValueError: a name of another form, or no such model.
   """
   kind, _, path = name.partition(":")
   if name == "synthetic":
@@ -27,9 +28,10 @@ def load(name: str) -> RewardFn:
     # Reads a model: only where one is asked for.
     from dpo_jax.rewards import learned
 
-    return learned.load(path)
+    return learned.load(path, output="auto")
   raise ValueError(
-    f"unknown reward '{name}'; known: run:FOLDER of a reward model, synthetic"
+    f"unknown reward '{name}'; known: run:FOLDER of a reward model or"
+    " classifier, synthetic"
   )
 
 

@@ -34,7 +34,7 @@ CONFIG = model_config.llama(
 SCRIPT = """
 import json, os, sys
 import jax, jax.numpy as jnp
-from dpo_jax import sharding, trainer
+from dpo_jax import export, sharding, trainer
 from dpo_jax.checkpoints import manager, run_folder
 from dpo_jax.models import huggingface, transformer
 
@@ -68,7 +68,7 @@ if what == "run":
     arrived.append(num_bytes(params))
     save_model(target, config, params, **kwargs)
   huggingface.save_model = spied
-  measured(lambda: trainer.export(folder, target, max_shard_bytes=5e8))
+  measured(lambda: export.write(folder, target, max_shard_bytes=5e8))
 else:
   params = measured(lambda: huggingface.load_params(folder, config, layouts))
   measured(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import quickstart
-from dpo_jax import trainer
+from dpo_jax import export, trainer
 from dpo_jax.checkpoints import manager, source
 from dpo_jax.data import synthetic
 from dpo_jax.models import config as model_config
@@ -86,10 +86,11 @@ def test_neighbours_change_a_score_by_rounding_at_most(reward_fn):
 
 
 def test_a_classifier_gives_log_odds_or_the_probability(folders):
-  logits, probabilities = (
+  logits, probabilities, auto = (
     learned.load(folders["classifier"], output=output)(PROMPTS, RESPONSES)
     for output in learned.OUTPUTS
   )
+  np.testing.assert_array_equal(auto, probabilities)
   np.testing.assert_allclose(
     logits[0], _alone(PROMPTS[0], RESPONSES[0], "classifier"), atol=1e-5
   )
@@ -121,7 +122,9 @@ def test_mistakes_end_in_one_line(folders, reward_fn, tmp_path):
     assert "\n" not in str(caught.value)
 
   refuses("is a language model; allowed: a run of", folders["vocabulary"])
-  refuses("unknown output 'odds'; known: logit, probability", output="odds")
+  refuses(
+    "unknown output 'odds'; known: logit, probability, auto", output="odds"
+  )
   refuses("is a reward model, of whose scores only", output="probability")
   refuses("max_length=1, max_prompt_length=256: must be", max_length=1)
   values = {"model_type": "bert", "architectures": ["BertForSequenceClassific"]}
@@ -173,7 +176,7 @@ def test_a_run_is_read_at_its_best_and_exported(tmp_path, monkeypatch):
   )
   assert np.mean(chosen > rejected) == pytest.approx(max(accuracies))
   exported = str(tmp_path / "exported")
-  trainer.export(str(run), exported)
+  export.write(str(run), exported)
   again = learned.load(exported, max_length=40)(PROMPTS, RESPONSES)
   np.testing.assert_array_equal(again, scores)
 

@@ -11,7 +11,7 @@ import pytest
 
 from configs import quickstart
 from dpo_jax import experiment as experiment_lib
-from dpo_jax import sharding, trainer
+from dpo_jax import export, sharding, trainer
 from dpo_jax.checkpoints import manager, run_folder, source
 from dpo_jax.data import dataset, loader, synthetic
 from dpo_jax.evaluation import held_out
@@ -405,7 +405,7 @@ def test_a_run_of_adapters_is_a_model(tmp_path, model, sft):
   assert full["loss"] == pytest.approx(adapted["loss"], abs=1e-5)
   # A whole model is a reference too, in a copy of its own.
   other = {"reference.path": str(tmp_path / "other")}
-  trainer.export(str(sft), other["reference.path"])
+  export.write(str(sft), other["reference.path"])
   now, line = _start(_config(tmp_path, model, **other))
   assert "embedding" in now.reference
   margin = adapted["rewards/margins"]
@@ -475,7 +475,7 @@ def test_int8_without_its_package_is_refused(tmp_path, model, monkeypatch):
 @pytest.mark.parametrize("adapter", [False, _slow(True)])
 def test_an_exported_run_is_a_model(tmp_path, model, sft, sft_margin, adapter):
   target = str(tmp_path / "exported")
-  trainer.export(str(sft), target, adapter=adapter)
+  export.write(str(sft), target, adapter=adapter)
   assert (source.open_adapter(target) is not None) == adapter
   settings = {"lora.rank": 0, "reference.path": model}
   _, line = _start(_config(tmp_path, target, **settings))
@@ -483,7 +483,7 @@ def test_an_exported_run_is_a_model(tmp_path, model, sft, sft_margin, adapter):
   assert line["rewards/margins"] == pytest.approx(sft_margin, rel=1e-3)
   if not adapter:
     with pytest.raises(ValueError, match="is a whole model"):
-      trainer.export(target, str(tmp_path / "again"), adapter=True)
+      export.write(target, str(tmp_path / "again"), adapter=True)
     return
   # Adapters that were read go on where those of the run would.
   load = lambda path: jax.device_get(

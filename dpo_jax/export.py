@@ -1,0 +1,79 @@
+"""Models as Hugging Face folders, adapters as PEFT folders."""
+
+import dataclasses
+import os
+
+import jax
+
+from dpo_jax import sharding
+from dpo_jax.checkpoints import source
+from dpo_jax.data import tokenize
+from dpo_jax.models import (
+  huggingface,
+  huggingface_adapters,
+  lora,
+  transformer,
+)
+
+
+def write(
+  path: str,
+  target: str,
+  *,
+  step: int | None = None,
+  dtype: str = "float32",
+  max_shard_bytes: float = 5e9,
+  adapter: bool = False,
+) -> None:
+  """Writes a model and its tokenizer as a Hugging Face folder.
+
+  Adapters are merged into their base.
+
+  Args:
+    path: a run folder, a Hugging Face folder or a hub name.
+    target: the folder to write; must not be what is read.
+    step: which checkpoint of a run; see `source.open_model`.
+    dtype: of the weights that are written.
+    max_shard_bytes: several files are written above this.
+    adapter: writes the adapters alone, in PEFT's format.
+
+  Raises:
+    ValueError: no such model, a target that is its source, or a whole model
+      where adapters are asked for.
+  """
+  if os.path.realpath(path) == os.path.realpath(target):
+    raise ValueError(f"the target {target!r} is the source")
+  opened = source.open_model(path, step=step)
+  if adapter:
+    _write_adapter(path, target, step, dtype, opened)
+    return
+  config = dataclasses.replace(opened.config, param_dtype=dtype)
+  tokenizer = tokenize.load_tokenizer(opened.tokenizer)
+  layouts = transformer.layouts(sharding.make_mesh(), config)
+  huggingface.save_model(
+    target,
+    config,
+    opened.load(config, layouts),
+    bos_token_id=tokenizer.bos_token_id,
+    eos_token_id=tokenizer.eos_token_id,
+    max_shard_bytes=max_shard_bytes,
+  )
+  if jax.process_index() == 0:
+    tokenizer.save_pretrained(target)
+
+
+def _write_adapter(path, target, step, dtype, opened):
+  adapter = source.open_adapter(path, step=step)
+  if adapter is None:
+    raise ValueError(f"{path!r} is a whole model: it has no adapters")
+  config = lora.with_lora(opened.config, adapter.lora(opened.config))
+  layouts = lora.layouts(sharding.make_mesh(), config)
+  huggingface_adapters.save(
+    target,
+    config,
+    adapter.load(config, layouts),
+    base=adapter.base,
+    dtype=dtype,
+  )
+  if jax.process_index() == 0:
+    tokenize.load_tokenizer(opened.tokenizer).save_pretrained(target)
