@@ -1,9 +1,18 @@
 """Runs a whole experiment, stage by stage; a stage that is done is skipped.
 
   python -m launch.reproduce quickstart --workdir=runs/quickstart
+  python -m launch.reproduce hh --data=hh --workdir=runs/hh
+  python -m launch.reproduce tldr --data=tldr --workdir=runs/tldr
 
 `quickstart`: controlled sentiment in miniature, minutes on a laptop CPU. It
 ends with a table and `frontier.png`.
+
+`hh`: single-turn dialogue, `--data` with train.jsonl.xz and test.jsonl.xz.
+`tldr`: summaries, `--data` with posts.jsonl.xz and
+ppo_vs_human_judged.csv.xz. Both end with `report.md` and `wins/win_rate.png`,
+win rates by temperature that a reward model judges. `--scale=cpu` takes
+minutes with a model from random weights; `gpu` and `paper` need `--model` (not
+yet run). What a scale is stands in dpo_jax/pipelines/preference_tasks.py.
 """
 
 from absl import flags
@@ -11,21 +20,64 @@ from absl import flags
 from launch import cli
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the experiment.")
-flags.mark_flags_as_required(["workdir"])
+DATA = flags.DEFINE_string("data", None, "Folder of its data.")
+SCALE = flags.DEFINE_enum(
+  "scale", "cpu", ["cpu", "gpu", "paper"], "How large it is."
+)
+MODEL = flags.DEFINE_string(
+  "model", None, "Folder or hub name to start from; else random weights."
+)
 
 
 def main(argv: list[str]) -> int:
   """Returns 0 when the experiment finished, 143 when told to stop."""
+  name = " ".join(argv[1:])
+  if name not in RECIPES:
+    raise ValueError(
+      f"unknown experiment {name!r}; known: {', '.join(RECIPES)}"
+    )
+  needed = {x: needs for x, (_, needs, _) in RECIPES.items()}
+  optional = {x: takes for x, (_, _, takes) in RECIPES.items()}
+  cli.check_flags(name, needed, optional)
+  recipe, *_ = RECIPES[name]
+  return 0 if recipe(WORKDIR.value) else 143
+
+
+def _quickstart(workdir: str) -> bool:
   from configs import quickstart
   from dpo_jax.pipelines import quickstart as pipeline
 
-  recipes = {"quickstart": (pipeline.run, quickstart.get_config)}
-  if len(argv) != 2 or argv[1] not in recipes:
-    raise ValueError(
-      f"unknown experiment {' '.join(argv[1:])!r}; known: {', '.join(recipes)}"
-    )
-  recipe, make_config = recipes[argv[1]]
-  return 0 if recipe(WORKDIR.value, make_config) else 143
+  return pipeline.run(workdir, quickstart.get_config)
+
+
+def _hh(workdir: str) -> bool:
+  from configs import hh_dialogue
+  from dpo_jax.pipelines import preference_tasks, preferences
+
+  make_config = lambda loss: hh_dialogue.get_config(f"{loss},paper")
+  return preferences.run(workdir, make_config, preference_tasks.HH, **_given())
+
+
+def _tldr(workdir: str) -> bool:
+  from configs import tldr_summarization
+  from dpo_jax.pipelines import preference_tasks, preferences
+
+  make_config = tldr_summarization.get_config
+  return preferences.run(
+    workdir, make_config, preference_tasks.TLDR, **_given()
+  )
+
+
+def _given() -> dict[str, str | None]:
+  return {"data": DATA.value, "scale": SCALE.value, "model": MODEL.value}
+
+
+# Name -> what runs it, the flags that it needs, those that it takes.
+RECIPES = {
+  "quickstart": (_quickstart, (WORKDIR,), ()),
+  "hh": (_hh, (WORKDIR, DATA), (SCALE, MODEL)),
+  "tldr": (_tldr, (WORKDIR, DATA), (SCALE, MODEL)),
+}
 
 
 if __name__ == "__main__":
