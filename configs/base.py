@@ -21,9 +21,9 @@ def get_config() -> config_dict.ConfigDict:
   config.microbatch_rows = 0
 
   config.data = config_dict.ConfigDict()
-  config.data.source = "jsonl"  # hh, imdb, jsonl, hub, synthetic
+  config.data.source = "jsonl"  # hh, imdb, jsonl, hub, synthetic, tldr
   config.data.path = ""  # file, hub name, or what the source takes
-  config.data.split = "train"  # of a hub dataset
+  config.data.split = "train"  # of a hub dataset, or of the posts of tldr
   config.data.eval_path = ""  # empty: no evaluation
   config.data.eval_split = "test"
   config.data.shuffle = True  # False: file order

@@ -75,12 +75,9 @@ class Policy:
   def responses(
     self, prompt: Sequence[int], samples: Sequence[decode.Sample]
   ) -> list[str]:
-    """Returns the texts of samples of a prompt; see `decode_responses`."""
-    return tokenize.decode_responses(
-      self.tokenizer,
-      [prompt] * len(samples),
-      [sample.tokens for sample in samples],
-    )
+    """Returns the texts of samples of a prompt; see `tokenize.decode`."""
+    tokens = [sample.tokens for sample in samples]
+    return tokenize.decode(self.tokenizer, [prompt] * len(samples), tokens)[1]
 
   def logps(
     self,

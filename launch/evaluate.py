@@ -52,9 +52,11 @@ MAX_PROMPT_LENGTH = flags.DEFINE_integer(
   "max_prompt_length", None, "Tokens; else the run's own."
 )
 DATA_SOURCE = flags.DEFINE_string(
-  "data_source", "jsonl", "What reads the data: hh, jsonl, hub, synthetic."
+  "data_source",
+  "jsonl",
+  "What reads the data: hh, tldr, jsonl, hub, synthetic.",
 )
-SPLIT = flags.DEFINE_string("split", "test", "Of a hub dataset.")
+SPLIT = flags.DEFINE_string("split", "test", "Of a hub dataset, or of posts.")
 DTYPE = flags.DEFINE_enum(
   "dtype", "auto", ["auto", "float32", "bfloat16"], "Of matmuls."
 )

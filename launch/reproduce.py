@@ -1,12 +1,24 @@
 """Runs a whole experiment, stage by stage; a stage that is done is skipped.
 
   python -m launch.reproduce quickstart --workdir=runs/quickstart
-  python -m launch.reproduce imdb --scale=cpu --data=imdb --workdir=runs/imdb
+  python -m launch.reproduce imdb --data=imdb --workdir=runs/imdb
+  python -m launch.reproduce hh --data=hh --workdir=runs/hh
+  python -m launch.reproduce tldr --data=tldr --workdir=runs/tldr
 
-`quickstart`: controlled sentiment in miniature, minutes on a laptop CPU.
+`quickstart`: controlled sentiment in miniature, minutes on a laptop CPU. It
+ends with a table and `frontier.png`.
+
 `imdb`: the same on real reviews, with every method of Rafailov et al. 2023
-(arXiv 2305.18290, sec 6.1); `--data` is a folder with train, test and unsup
-.jsonl(.xz, .gz). Both end with a table and `frontier.png`.
+(arXiv 2305.18290, sec 6.1); `--data` with train, test and unsup .jsonl.xz. It
+ends with `report.md` and `frontier.png`.
+
+`hh`: single-turn dialogue, `--data` with train.jsonl.xz and test.jsonl.xz.
+`tldr`: summaries, `--data` with posts.jsonl.xz and
+ppo_vs_human_judged.csv.xz. Both end with `report.md` and `wins/win_rate.png`,
+win rates by temperature that a reward model judges. `--scale=cpu` takes
+minutes with a model from random weights; `gpu` and `paper` need `--model` (not
+yet run). What a scale is stands in dpo_jax/pipelines/preference_tasks.py, and
+of `imdb` in configs/imdb_sentiment.py.
 """
 
 from absl import flags
@@ -14,49 +26,79 @@ from absl import flags
 from launch import cli
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the experiment.")
+DATA = flags.DEFINE_string("data", None, "Folder of its data.")
 SCALE = flags.DEFINE_enum(
-  "scale", "cpu", ["cpu", "gpu", "paper"], "Sizes of models and data."
+  "scale", "cpu", ["cpu", "gpu", "paper"], "How large it is."
 )
-DATA = flags.DEFINE_string("data", "", "Folder of the data.")
 MODEL = flags.DEFINE_string(
-  "model", "", "Pretrained folder or hub name; else the scale's own."
+  "model", None, "Folder or hub name to start from; else random weights."
 )
-flags.mark_flags_as_required(["workdir"])
-
-
-def _quickstart() -> bool:
-  from configs import quickstart
-  from dpo_jax.pipelines import quickstart as pipeline
-
-  return pipeline.run(WORKDIR.value, quickstart.get_config)
-
-
-def _imdb() -> bool:
-  from configs import imdb_sentiment
-  from dpo_jax.pipelines import sentiment
-
-  def make_config(loss):
-    return imdb_sentiment.get_config(f"{loss},{SCALE.value}")
-
-  return sentiment.run(
-    WORKDIR.value,
-    DATA.value,
-    make_config,
-    sentiment.Plan(**imdb_sentiment.PLANS[SCALE.value]),
-    model=MODEL.value,
-  )
-
-
-RECIPES = {"quickstart": _quickstart, "imdb": _imdb}
 
 
 def main(argv: list[str]) -> int:
   """Returns 0 when the experiment finished, 143 when told to stop."""
-  if len(argv) != 2 or argv[1] not in RECIPES:
+  name = " ".join(argv[1:])
+  if name not in RECIPES:
     raise ValueError(
-      f"unknown experiment {' '.join(argv[1:])!r}; known: {', '.join(RECIPES)}"
+      f"unknown experiment {name!r}; known: {', '.join(RECIPES)}"
     )
-  return 0 if RECIPES[argv[1]]() else 143
+  needed = {x: needs for x, (_, needs, _) in RECIPES.items()}
+  optional = {x: takes for x, (_, _, takes) in RECIPES.items()}
+  cli.check_flags(name, needed, optional)
+  recipe, *_ = RECIPES[name]
+  return 0 if recipe(WORKDIR.value) else 143
+
+
+def _quickstart(workdir: str) -> bool:
+  from configs import quickstart
+  from dpo_jax.pipelines import quickstart as pipeline
+
+  return pipeline.run(workdir, quickstart.get_config)
+
+
+def _imdb(workdir: str) -> bool:
+  from configs import imdb_sentiment
+  from dpo_jax.pipelines import sentiment
+
+  scale = SCALE.value
+  return sentiment.run(
+    workdir,
+    DATA.value,
+    lambda loss: imdb_sentiment.get_config(f"{loss},{scale}"),
+    sentiment.Plan(**imdb_sentiment.PLANS[scale]),
+    model=MODEL.value or "",
+  )
+
+
+def _hh(workdir: str) -> bool:
+  from configs import hh_dialogue
+  from dpo_jax.pipelines import preference_tasks, preferences
+
+  make_config = lambda loss: hh_dialogue.get_config(f"{loss},paper")
+  return preferences.run(workdir, make_config, preference_tasks.HH, **_given())
+
+
+def _tldr(workdir: str) -> bool:
+  from configs import tldr_summarization
+  from dpo_jax.pipelines import preference_tasks, preferences
+
+  make_config = tldr_summarization.get_config
+  return preferences.run(
+    workdir, make_config, preference_tasks.TLDR, **_given()
+  )
+
+
+def _given() -> dict[str, str | None]:
+  return {"data": DATA.value, "scale": SCALE.value, "model": MODEL.value}
+
+
+# Name -> what runs it, the flags that it needs, those that it takes.
+RECIPES = {
+  "quickstart": (_quickstart, (WORKDIR,), ()),
+  "imdb": (_imdb, (WORKDIR, DATA), (SCALE, MODEL)),
+  "hh": (_hh, (WORKDIR, DATA), (SCALE, MODEL)),
+  "tldr": (_tldr, (WORKDIR, DATA), (SCALE, MODEL)),
+}
 
 
 if __name__ == "__main__":

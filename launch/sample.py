@@ -19,9 +19,11 @@ SOURCE = flags.DEFINE_string(
 STEP = flags.DEFINE_integer("step", None, "Of a run; else its newest.")
 DATA = flags.DEFINE_string("data", None, "File of prompts.")
 DATA_SOURCE = flags.DEFINE_string(
-  "data_source", "jsonl", "What reads the data: hh, jsonl, hub, synthetic."
+  "data_source",
+  "jsonl",
+  "What reads the data: hh, tldr, jsonl, hub, synthetic.",
 )
-SPLIT = flags.DEFINE_string("split", "test", "Of a hub dataset.")
+SPLIT = flags.DEFINE_string("split", "test", "Of a hub dataset, or of posts.")
 OUTPUT = flags.DEFINE_string("output", None, "File to write.")
 PROMPTS = flags.DEFINE_integer(
   "prompts", None, "How many are sampled; else all.", lower_bound=1

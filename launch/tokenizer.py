@@ -15,9 +15,9 @@ DATA = flags.DEFINE_multi_string("data", None, "File of text.")
 OUTPUT = flags.DEFINE_string("output", None, "Folder to write.")
 VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 8192, "Tokens, above 256.")
 DATA_SOURCE = flags.DEFINE_string(
-  "data_source", "jsonl", "What reads the data: hh, imdb, jsonl, hub."
+  "data_source", "jsonl", "What reads the data: hh, imdb, tldr, jsonl, hub."
 )
-SPLIT = flags.DEFINE_string("split", "train", "Of a hub dataset.")
+SPLIT = flags.DEFINE_string("split", "train", "Of a hub dataset, or of posts.")
 flags.mark_flags_as_required(["data", "output"])
 
 

@@ -21,6 +21,7 @@ rows, and one line in `SOURCES`. Its rows may have any of these columns:
     rejected_score           are asked for
   prompt, response, label    a labelled response: true or 1 is desirable
   prompt, responses          a ranked list of two responses or more
+  dropped                    alone: why the source has nothing of the row
 
 Where demonstrations are asked for, the response of a pair is `chosen`. Where
 labelled responses are asked for, a pair is two of them; where ranked lists
@@ -37,7 +38,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from dpo_jax.data import hh, hub, imdb, jsonl, synthetic
+from dpo_jax.data import hh, hub, imdb, jsonl, synthetic, tldr
 
 SOURCES = {
   "hh": hh,
@@ -45,7 +46,9 @@ SOURCES = {
   "imdb": imdb,
   "jsonl": jsonl,
   "synthetic": synthetic,
+  "tldr": tldr,
 }
+SPLIT_FILES = ("tldr",)  # sources that read `split` of a file, too
 INPUTS = (
   "pairs",
   "scored_pairs",
@@ -67,7 +70,7 @@ def read(source: str, path: str, *, split: str, inputs: str) -> Iterator[dict]:
   Args:
     source: a name of `SOURCES`.
     path: a file, or what else the source takes.
-    split: which part; not looked at for a local file.
+    split: which part; of a local file only for `SPLIT_FILES`.
     inputs: one of `INPUTS`.
 
   Raises:
@@ -88,7 +91,8 @@ def read(source: str, path: str, *, split: str, inputs: str) -> Iterator[dict]:
   for number, row in enumerate(_rows(source, path, split), 1):
     is_line = ".jsonl" in os.path.basename(path)
     where = f"{path}, {'line' if is_line else 'row'} {number}"
-    example = make_example(row, where)
+    is_dropped = row.keys() == {"dropped"}
+    example = row if is_dropped else make_example(row, where)
     if "subset" in row:
       example["subset"] = str(row["subset"])
     yield example
@@ -99,6 +103,8 @@ def read(source: str, path: str, *, split: str, inputs: str) -> Iterator[dict]:
 def fingerprint(source: str, path: str, split: str) -> str:
   """Returns a hash of what `read` would read: of the file, or of the rows."""
   digest = hashlib.sha256(source.encode())
+  if source in SPLIT_FILES:
+    digest.update(split.encode())
   if os.path.isfile(path):
     digest.update(os.path.basename(path).partition(".")[2].encode())
     with open(path, "rb") as file:

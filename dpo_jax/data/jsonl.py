@@ -5,7 +5,8 @@ import json
 import lzma
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pyarrow as pa
 from pyarrow import parquet
@@ -51,7 +52,7 @@ def find_extension(path: str) -> str:
 def _read_lines(path: str, extension: str) -> Iterator[dict]:
   """Yields the object on each line; empty lines may stand at the end only."""
   empty = None
-  for number, line in enumerate(_lines(path, extension), 1):
+  for number, line in enumerate(lines(path, OPENERS[extension]), 1):
     if not line.strip():
       empty = empty or number
       continue
@@ -71,10 +72,20 @@ def _read_lines(path: str, extension: str) -> Iterator[dict]:
     yield row
 
 
-def _lines(path: str, extension: str) -> Iterator[str]:
+def lines(path: str, opener: Callable, **options: Any) -> Iterator[str]:
+  """Yields the lines of a text file, which may be compressed.
+
+  Args:
+    path: the file.
+    opener: one of `OPENERS`.
+    **options: of it.
+
+  Raises:
+    ValueError: it cannot be read.
+  """
   damaged = (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error)
   try:
-    with OPENERS[extension](path, "rt", encoding="utf-8") as file:
+    with opener(path, "rt", encoding="utf-8", **options) as file:
       yield from file
   except damaged as error:
     raise ValueError(f"{path!r} cannot be read: {error}") from error

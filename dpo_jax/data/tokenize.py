@@ -201,24 +201,6 @@ def encode_prompts(
   return [ids or empty for ids in encoded]
 
 
-def decode_responses(
-  tokenizer: Tokenizer,
-  prompts: Sequence[Sequence[int]],
-  responses: Sequence[Sequence[int]],
-) -> list[str]:
-  """Returns the texts of responses, without special tokens.
-
-  A response has the space before its first word, where decoding it behind its
-  prompt shows one.
-  """
-  decode = lambda ids: tokenizer.batch_decode(ids, skip_special_tokens=True)
-  both = decode([[*p, *r] for p, r in zip(prompts, responses, strict=True)])
-  return [
-    text.removeprefix(prompt) if text.startswith(prompt) else alone
-    for text, prompt, alone in zip(both, decode(prompts), decode(responses))
-  ]
-
-
 def encode_responses(
   tokenizer: Tokenizer,
   prompts: list[examples.Text],

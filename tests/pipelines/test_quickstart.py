@@ -65,4 +65,6 @@ def test_an_unknown_experiment_is_refused(tmp_path):
   )
   _, err = process.communicate(timeout=100)
   assert process.returncode == 2
-  assert err == "error: unknown experiment 'imdbb'; known: quickstart\n"
+  assert (
+    err == "error: unknown experiment 'imdbb'; known: quickstart, hh, tldr\n"
+  )

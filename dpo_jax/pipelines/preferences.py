@@ -1,0 +1,384 @@
+"""Dialogue and summaries, from text to win rates (Rafailov et al. 2023).
+
+Sections 6.2 and 6.3 of arXiv 2305.18290: a language model, pairs, a reward
+model and `dpo` of them, samples at several temperatures, and how often a judge
+prefers them to the data's own responses. Differs: the judge is the reward
+model, which also chooses the best of N; nothing but a model is needed. A stage
+whose output is there is skipped.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from dpo_jax import experiment, policy, trainer
+from dpo_jax.checkpoints import run_folder
+from dpo_jax.data import bpe, examples
+from dpo_jax.evaluation import intervals, judges, win_rate_report
+from dpo_jax.pipelines import preferences_report
+from dpo_jax.pipelines.preference_tasks import Scale, Task
+from dpo_jax.rewards import learned
+from dpo_jax.sampling import best_of_n, decode
+
+TEMPERATURES = (0.0, 0.25, 0.5, 0.75, 1.0)
+HELD_OUT_SHARE = 16  # one pair of so many chooses the reward model
+
+
+def run(
+  workdir: str,
+  make_config: Callable[[str], ConfigDict],
+  task: Task,
+  *,
+  data: str,
+  scale: str,
+  model: str | None = None,
+) -> bool:
+  """Returns whether the experiment came to its end.
+
+  Args:
+    workdir: gets `data/`, a folder for each run (`sft`, `reward_model`,
+      `dpo`), `samples/`, `responses/`, `wins/` and `report.md`.
+    make_config: returns the config of a stage, given the name of its loss.
+    task: what is done on which data.
+    data: folder of the task's files.
+    scale: a key of `task.scales`.
+    model: folder or hub name that `sft` starts from; a model from random
+      weights, with a tokenizer of its text, by default.
+
+  Raises:
+    ValueError: a file that is not there or cannot be read, or no model at a
+      scale that needs one.
+  """
+  if scale not in task.scales:
+    known = ", ".join(task.scales)
+    raise ValueError(f"unknown scale {scale!r}; known: {known}")
+  for name in task.files:
+    if not os.path.exists(os.path.join(data, name)):
+      raise ValueError(
+        f"no file {name!r} in the data folder {data!r}; allowed: a folder with"
+        f" {', '.join(task.files)}"
+      )
+  if model is None and task.scales[scale].preset is None:
+    raise ValueError(
+      f"scale {scale!r} needs a pretrained model: --model=FOLDER; without one"
+      " there is scale cpu"
+    )
+  folder = pathlib.Path(workdir)
+  return _Experiment(
+    folder, task, scale, pathlib.Path(data), model, make_config
+  ).run()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Experiment:
+  folder: pathlib.Path
+  task: Task
+  scale_name: str
+  data: pathlib.Path
+  model: str | None
+  make_config: Callable[[str], ConfigDict]
+
+  @property
+  def scale(self) -> Scale:
+    return self.task.scales[self.scale_name]
+
+  @functools.cached_property
+  def reward_fn(self) -> learned.Learned:
+    return learned.load(str(self.folder / "reward_model"))
+
+  def run(self) -> bool:
+    """Runs the stages that are not done; returns whether all are."""
+    self._check()
+    self._stage("data", "data.json", self._write_data)
+    if self.model is None:
+      self._stage("tokenizer", "tokenizer", self._write_tokenizer)
+    if not self._train("sft"):
+      return False
+    if not self.task.has_pairs:
+      self._stage("pairs", "pairs/train.jsonl", self._write_pairs)
+    for name in ("reward_model", "dpo"):
+      if not self._train(name):
+        return False
+    self._stage("judge", "judge.json", self._write_agreement)
+    for name in ("sft", "dpo"):
+      for temperature in TEMPERATURES:
+        output = f"samples/{name}_{temperature:g}.jsonl"
+        self._stage(
+          f"samples of {name} at temperature {temperature:g}",
+          output,
+          functools.partial(self._sample, name, temperature),
+        )
+    self._stage("responses", "responses/baseline.jsonl", self._write_responses)
+    self._stage("win rates", "wins/win_rate.png", self._write_win_rates)
+    self._stage("report", "report.md", self._write_report)
+    print((self.folder / "report.md").read_text(), flush=True)
+    return True
+
+  def _check(self) -> None:
+    """Checks that the folder is new, or of this experiment."""
+    path = self.folder / "experiment.json"
+    settings = {"task": self.task.title, "scale": self.scale_name}
+    settings |= {"data": str(self.data), "model": self.model}
+    if not path.exists():
+      path.parent.mkdir(parents=True, exist_ok=True)
+      _replace(path, json.dumps(settings, indent=2) + "\n")
+    before = json.loads(path.read_text())
+    for key, value in settings.items():
+      if before[key] != value:
+        raise ValueError(
+          f"{self.folder} holds an experiment of {key} {before[key]!r}, not"
+          f" {value!r}; give another --workdir"
+        )
+
+  def _stage(
+    self, title: str, output: str, write: Callable[[pathlib.Path], None]
+  ) -> None:
+    """Writes a stage's last output, whole or not at all."""
+    path = self.folder / output
+    is_done = path.exists()
+    print(f"== {title}: {path}{', done' if is_done else ''}", flush=True)
+    if not is_done:
+      path.parent.mkdir(parents=True, exist_ok=True)
+      write(path)
+
+  def _train(self, name: str) -> bool:
+    config = self._config(name)
+    path = self.folder / name
+    settings = experiment.to_plain(config)
+    run_folder.check_config(path, settings)
+    is_done = run_folder.is_finished(path, settings)
+    print(f"== {name}: {path}{', done' if is_done else ''}", flush=True)
+    return is_done or trainer.train(config, str(path))
+
+  def _config(self, name: str) -> ConfigDict:
+    """Returns the config of a run, cut to the scale."""
+    config = self.make_config(name)
+    is_sft = name == "sft"
+    kind = "data" if is_sft or self.task.has_pairs else "pairs"
+    config.data.source = "jsonl"
+    config.data.path = str(self.folder / kind / "train.jsonl")
+    config.data.eval_path = str(self.folder / kind / "held_out.jsonl")
+    config.data.cache_dir = str(self.folder / "cache")
+    config.model.preset = config.model.tokenizer = config.model.path = ""
+    if not is_sft:
+      config.model.path = str(self.folder / "sft")
+    elif self.model is not None:
+      config.model.path = self.model
+    else:
+      config.model.preset = self.scale.preset
+      config.model.tokenizer = str(self.folder / "tokenizer")
+    tables = [self.scale.settings]
+    if self.model is None:
+      tables.append(self.scale.scratch)
+    for table in tables:
+      for key in ("all", name):
+        config.update_from_flattened_dict(table.get(key, {}))
+    return config
+
+  def _write_data(self, path: pathlib.Path) -> None:
+    """Writes what is trained on, held out and tested on, and its counts."""
+    kept, counts = self._read(self.task.train, "train", self.scale.train_rows)
+    _write_rows(
+      self.folder / "data/train.jsonl",
+      (x for n, x in enumerate(kept) if n % HELD_OUT_SHARE),
+    )
+    held_out = kept[::HELD_OUT_SHARE]
+    _write_rows(self.folder / "data/held_out.jsonl", held_out)
+    trained_on = {x["prompt"] for x in kept}
+    test, test_counts = self._read(
+      self.task.test,
+      "test",
+      self.scale.test_prompts,
+      lambda x: self.task.is_test(x) and x["prompt"] not in trained_on,
+    )
+    _write_rows(self.folder / "data/test.jsonl", test)
+    record = {"train": counts, "held_out": len(held_out), "test": test_counts}
+    print(f"data: {json.dumps(record)}", flush=True)
+    _replace(path, json.dumps(record, indent=2) + "\n")
+
+  def _read(
+    self,
+    name: str,
+    split: str,
+    limit: int | None,
+    is_wanted: Callable[[dict], bool] = lambda _: True,
+  ) -> tuple[list[dict], dict[str, int]]:
+    """Returns rows of distinct prompts that fit, and what became of all."""
+    inputs = "pairs" if self.task.has_pairs else "demonstrations"
+    found, counts = {}, {"read": 0}
+    path = str(self.data / name)
+    for row in examples.read(
+      self.task.source, path, split=split, inputs=inputs
+    ):
+      counts["read"] += 1
+      reason = row.get("dropped") or self._reason(row, is_wanted, found)
+      if reason is None and limit is not None and len(found) == limit:
+        reason = "more than this scale takes"
+      if reason:
+        counts[reason] = counts.get(reason, 0) + 1
+      else:
+        found[row["prompt"]] = row
+    if len(found) < 2:
+      raise ValueError(f"{path!r}: too few rows are kept: {counts}")
+    return list(found.values()), counts | {"kept": len(found)}
+
+  def _reason(self, row, is_wanted, found) -> str | None:
+    """Returns why a row is left out; None where it is not."""
+    texts = [row[x] for x in ("chosen", "rejected", "response") if x in row]
+    if not (row["prompt"].strip() and all(x.strip() for x in texts)):
+      return "empty prompt or response"
+    if row["prompt"] in found:
+      return "prompt seen before"
+    if len(row["prompt"]) > self.scale.prompt_characters:
+      return "long prompt"
+    if max(map(len, texts)) > self.scale.response_characters:
+      return "long response"
+    return None if is_wanted(row) else "not a prompt of the test"
+
+  def _write_tokenizer(self, path: pathlib.Path) -> None:
+    texts = bpe.texts("jsonl", [str(self.folder / "data/train.jsonl")], "")
+    part = path.with_name(path.name + ".part")
+    bpe.train(texts, self.scale.vocab_size).save_pretrained(part)
+    part.rename(path)
+
+  def _write_pairs(self, path: pathlib.Path) -> None:
+    """Writes the data's responses against samples of the sft model."""
+    for part in ("held_out", "train"):
+      rows = _read_rows(self.folder / f"data/{part}.jsonl")
+      output = self.folder / f"samples/pairs_{part}.jsonl"
+      if not output.exists():
+        prompts = [x["prompt"] for x in rows]
+        self._write_samples("sft", prompts, 1.0, output, seed=1)
+      pairs = (
+        {
+          "prompt": x["prompt"],
+          "chosen": x["response"],
+          "rejected": self._text(y),
+        }
+        for x, y in zip(rows, _read_rows(output), strict=True)
+      )
+      _write_rows(path.with_name(f"{part}.jsonl"), pairs)
+
+  def _sample(
+    self, name: str, temperature: float, output: pathlib.Path
+  ) -> None:
+    """Samples a run on the test prompts: N times where the best is chosen."""
+    is_many = name == "sft" and temperature > 0
+    self._write_samples(
+      name,
+      [x["prompt"] for x in _read_rows(self.folder / "data/test.jsonl")],
+      temperature,
+      output,
+      seed=2,
+      count=self.scale.best_of if is_many else 1,
+    )
+
+  def _write_samples(
+    self, name, prompts, temperature, output, *, seed, count=1
+  ) -> None:
+    policy.write_samples(
+      str(self.folder / name),
+      prompts,
+      decode.Settings(self.scale.max_new_tokens, temperature=temperature),
+      str(output),
+      seed=seed,
+      samples_per_prompt=count,
+      max_prompt_length=self._config(name).data.max_prompt_length,
+    )
+
+  def _write_responses(self, path: pathlib.Path) -> None:
+    """Writes what is judged, a file a method, and last the baseline's."""
+    rows = []
+    for temperature in TEMPERATURES:
+      for name in ("sft", "dpo"):
+        samples = self.folder / f"samples/{name}_{temperature:g}.jsonl"
+        found = [x | {"response": self._text(x)} for x in _read_rows(samples)]
+        rows += [x | {"method": name} for x in found if x["sample"] == 0]
+        if name == "sft" and temperature > 0:
+          rows += self._best(found)
+    for method in dict.fromkeys(x["method"] for x in rows):
+      mine = (x for x in rows if x["method"] == method)
+      _write_rows(path.with_name(f"{method}.jsonl"), mine)
+    test = _read_rows(self.folder / "data/test.jsonl")
+    _write_rows(path, test)
+
+  def _text(self, sample: Mapping[str, Any]) -> str:
+    """Returns a sampled response as the data writes responses."""
+    text = sample["response"]
+    if self.task.stop:
+      text = text.partition(self.task.stop)[0]
+    return " " + text.strip()
+
+  def _best(self, samples: Sequence[dict]) -> Iterator[dict]:
+    """Yields the sample of each prompt that the reward model prefers."""
+    count = self.scale.best_of
+    prompts = [x["prompt"] for x in samples]
+    scores = self.reward_fn(prompts, [x["response"] for x in samples])
+    kept = best_of_n.choose(np.asarray(scores, np.float64).reshape(-1, count))
+    for prompt, place in enumerate(kept):
+      row = samples[prompt * count + place]
+      yield row | {"method": f"best_of_{count}"}
+
+  def _write_agreement(self, path: pathlib.Path) -> None:
+    """Writes how often the reward model prefers what was chosen."""
+    name, split = self.task.judged, "test"
+    read = examples.read(
+      self.task.source, str(self.data / name), split=split, inputs="pairs"
+    )
+    rows = [x for x in read if "dropped" not in x]
+    score = lambda column: self.reward_fn(
+      [x["prompt"] for x in rows], [x[column] for x in rows]
+    )
+    gaps = score("chosen") - score("rejected")
+    points = (1 + np.sign(gaps)) / 2
+    record = {"file": name, "subsets": {}}
+    kinds = np.array([x.get("subset", "all") for x in rows])
+    for kind in ("all", *sorted(set(kinds) - {"all"})):
+      here = np.flatnonzero((kinds == kind) | (kind == "all"))
+      prompts = [rows[n]["prompt"] for n in here]
+      found = intervals.share(
+        points[here].tolist(), prompts, by_group=False, seed=0
+      )
+      record["subsets"][kind] = {"pairs": len(here)} | found
+    _replace(path, json.dumps(record, indent=2) + "\n")
+
+  def _write_win_rates(self, path: pathlib.Path) -> None:
+    responses = self.folder / "responses"
+    methods = ("sft", f"best_of_{self.scale.best_of}", "dpo")
+    win_rate_report.evaluate(
+      judges.score_judge("reward model", self.reward_fn),
+      [str(responses / f"{method}.jsonl") for method in methods],
+      str(responses / "baseline.jsonl"),
+      str(path.parent),
+      order="both",
+      seed=0,
+    )
+
+  def _write_report(self, path: pathlib.Path) -> None:
+    text = preferences_report.make(
+      self.folder, self.task, self.scale_name, self.model
+    )
+    _replace(path, text)
+
+
+def _read_rows(path: pathlib.Path) -> list[dict]:
+  with path.open() as file:
+    return [json.loads(line) for line in file]
+
+
+def _write_rows(path: pathlib.Path, rows) -> None:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  _replace(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _replace(path: pathlib.Path, text: str) -> None:
+  part = path.with_name(path.name + ".part")
+  part.write_text(text)
+  os.replace(part, path)

@@ -1,0 +1,105 @@
+"""The report of an experiment of `preferences`."""
+
+import json
+import pathlib
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+from dpo_jax.evaluation import win_rate_report
+from dpo_jax.pipelines.preference_tasks import Task
+
+
+def make(
+  folder: pathlib.Path, task: Task, scale: str, model: str | None
+) -> str:
+  """Returns the report as Markdown.
+
+  Args:
+    folder: of the experiment, with `data.json`, `judge.json` and `wins/`.
+    task: what was done.
+    scale: at which size.
+    model: what `sft` started from; None: random weights.
+  """
+  read = lambda name: json.loads((folder / name).read_text())
+  counts, judge, wins = map(
+    read, ("data.json", "judge.json", "wins/win_rate.json")
+  )
+  size = task.scales[scale]
+  start = model or f"random weights ({size.preset})"
+  lines = [
+    f"# {task.title}",
+    "",
+    f"Scale `{scale}`, from {start}. Win rates against {task.baseline}.",
+    f"Pairs: {task.pairs}.",
+    "",
+    f"The paper: {task.paper}.",
+    "",
+    "Judge and model differ from the paper's, so the numbers cannot be"
+    " compared, only their order. The judge here is the reward model. It"
+    " learnt the pairs that DPO learnt, and best of N is chosen by it, so that"
+    " method's win rate is its own judgement of itself.",
+    "",
+    f"On the pairs of {judge['file']}, where {task.judged_by} chose, it prefers"
+    " what was chosen as often as the first table says. Where that is 0.5 or"
+    " less, win rates say what the judge likes, not what is good. The best"
+    " temperature is the best on these same prompts.",
+    "",
+    "| pairs | number | agreement, 95% interval |",
+    "|---|---:|---:|",
+    *(_agreement_row(*x) for x in judge["subsets"].items()),
+    "",
+    "| method | best win rate, 95% interval | at temperature | characters |",
+    "|---|---:|---:|---:|",
+    *(_best_row(x, folder) for x in _best_cells(wins["cells"])),
+    f"| {task.baseline} | | | {_characters(folder, 'baseline', None):.0f} |",
+    "",
+    (folder / "wins/win_rate.md").read_text().strip(),
+    "",
+    f"Rows for training: {_counts(counts['train'])}; {counts['held_out']:,} of"
+    " those kept are held out.",
+    f"Rows for tests: {_counts(counts['test'])}. Samples are cut at"
+    f" {size.max_new_tokens} tokens.",
+    "",
+    "Figure: wins/win_rate.png. Comparisons: wins/comparisons.jsonl.",
+  ]
+  return "\n".join(lines) + "\n"
+
+
+def _best_cells(cells: list[dict]) -> list[dict]:
+  """Returns the cell of each method with its highest win rate."""
+  best: dict[str, dict] = {}
+  for x in cells:
+    if x["win_rate"] > best.setdefault(x["method"], x)["win_rate"]:
+      best[x["method"]] = x
+  return list(best.values())
+
+
+def _best_row(cell: Mapping[str, Any], folder: pathlib.Path) -> str:
+  method, temperature = cell["method"], cell["temperature"]
+  shown = win_rate_report.interval(cell["low"], cell["high"])
+  rate = win_rate_report.number(cell["win_rate"])
+  length = _characters(folder, method, temperature)
+  return f"| {method} | {rate}, {shown} | {temperature:g} | {length:.0f} |"
+
+
+def _characters(
+  folder: pathlib.Path, method: str, temperature: float | None
+) -> float:
+  """Returns how long a method's responses are, in the mean."""
+  lines = (folder / f"responses/{method}.jsonl").read_text().splitlines()
+  rows = [json.loads(line) for line in lines]
+  here = [x for x in rows if x.get("temperature") == temperature]
+  return statistics.fmean(
+    len(x["response"] if "response" in x else x["chosen"]) for x in here
+  )
+
+
+def _agreement_row(name: str, found: Mapping[str, Any]) -> str:
+  shown = win_rate_report.interval(found["low"], found["high"])
+  rate = win_rate_report.number(found["share"])
+  return f"| {name} | {found['pairs']:,} | {rate}, {shown} |"
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+  return ", ".join(f"{count:,} {name}" for name, count in counts.items())

@@ -1,0 +1,240 @@
+"""Dialogue and summaries, from made files to win rates."""
+
+import csv
+import dataclasses
+import json
+import lzma
+
+import pytest
+
+from configs import hh_dialogue, tldr_summarization
+from dpo_jax.pipelines import preference_tasks, preferences
+from tests import test_end_to_end
+
+WORDS = "rice soup tea bread cheese apple salt pepper onion egg".split()
+SCALE = preference_tasks.Scale(
+  train_rows=48,
+  test_prompts=4,
+  max_new_tokens=4,
+  best_of=2,
+  prompt_characters=200,
+  response_characters=40,
+  preset="tiny",
+  vocab_size=300,
+  settings={
+    "all": {
+      "steps": 2,
+      "batch_size": 8,
+      "microbatch_rows": 8,
+      "data.max_length": 128,
+      "data.max_prompt_length": 96,
+    },
+    "reward_model": {"checkpoint.every": 1, "eval.every": 1},
+  },
+)
+CONFIGS = {
+  "hh": lambda loss: hh_dialogue.get_config(f"{loss},paper"),
+  "tldr": tldr_summarization.get_config,
+}
+TASKS = {"hh": preference_tasks.HH, "tldr": preference_tasks.TLDR}
+
+
+def write_lines(path, rows):
+  with lzma.open(path, "wt") as file:
+    file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def write_dialogues(folder):
+  def row(n):
+    before = f"\n\nHuman: {WORDS[n % 10]} or {n}?\n\nAssistant:"
+    good, bad = f" {WORDS[n % 7]}, please.", " no"
+    pair = {"chosen": before + good, "rejected": before + bad}
+    return pair | {"subset": "made"}
+
+  write_lines(folder / "train.jsonl.xz", map(row, range(60)))
+  write_lines(folder / "test.jsonl.xz", map(row, [0, *range(100, 110)]))
+
+
+def write_posts(folder):
+  def row(n):
+    text, summary = f"I cooked {WORDS[n % 10]} {n} times.\n\n", WORDS[n % 7]
+    span = [len(text), len(text) + 5]
+    text += f"TL;DR: {summary}"
+    return {"subreddit": "tifu", "title": f"Post {n}", "selftext": text} | {
+      "summary": summary,
+      "tldr_span": span,
+      "tldr_position": "end",
+    }
+
+  write_lines(folder / "posts.jsonl.xz", map(row, range(200)))
+  with lzma.open(
+    folder / "ppo_vs_human_judged.csv.xz", "wt", newline=""
+  ) as file:
+    table = csv.writer(file)
+    table.writerow(
+      ["query", "postprocessed_response", "reference_responses", "preferred"]
+    )
+    table.writerows([["TL;DR:", " a", " b", "ours"], ["x", "a", "b", ""]] * 3)
+
+
+WRITERS = {"hh": write_dialogues, "tldr": write_posts}
+
+
+def run(name, folder, **options):
+  task = dataclasses.replace(TASKS[name], scales={"cpu": SCALE})
+  given = {"data": str(folder), "scale": "cpu"} | options
+  workdir = str(folder / "run")
+  return preferences.run(workdir, CONFIGS[name], task, **given)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["hh", "tldr"])
+def test_a_small_experiment_runs_its_stages_once(
+  name, tmp_path, monkeypatch, capsys
+):
+  monkeypatch.setattr(preferences, "TEMPERATURES", (0.0, 1.0))
+  WRITERS[name](tmp_path)
+  assert run(name, tmp_path)
+  folder = tmp_path / "run"
+  record = json.loads((folder / "wins/win_rate.json").read_text())
+  cells = [(x["method"], x["temperature"]) for x in record["cells"]]
+  assert cells == [
+    *(("sft", 0.0), ("sft", 1.0)),
+    ("best_of_2", 1.0),
+    *(("dpo", 0.0), ("dpo", 1.0)),
+  ]
+  assert {x["num_prompts"] for x in record["cells"]} == {4}
+  rates = {cell: x["win_rate"] for cell, x in zip(cells, record["cells"])}
+  assert rates["best_of_2", 1.0] >= rates["sft", 1.0]
+  report = (folder / "report.md").read_text()
+  assert "Judge and model differ from the paper's" in report
+  assert ("no person compared them" in report) == (name == "tldr")
+  done = capsys.readouterr().out
+  assert "== dpo: " in done and ", done" not in done
+
+  before = {x: x.stat().st_mtime_ns for x in folder.rglob("*") if x.is_file()}
+  assert run(name, tmp_path)
+  lines = capsys.readouterr().out.splitlines()
+  stages = [x for x in lines if x.startswith("== ")]
+  assert len(stages) > 10 and all(x.endswith(", done") for x in stages)
+  after = {x: x.stat().st_mtime_ns for x in folder.rglob("*") if x.is_file()}
+  assert before == after
+
+
+def test_pairs_of_summaries_are_the_authors_against_samples(tmp_path):
+  WRITERS["tldr"](tmp_path)
+  task = dataclasses.replace(TASKS["tldr"], scales={"cpu": SCALE})
+  folder = tmp_path / "run"
+  experiment = preferences._Experiment(
+    folder, task, "cpu", tmp_path, None, CONFIGS["tldr"]
+  )
+  experiment._write_data(folder / "data.json")
+  rows = preferences._read_rows(folder / "data/train.jsonl")
+  held_out = preferences._read_rows(folder / "data/held_out.jsonl")
+  (folder / "samples").mkdir()
+  for part, kept in (("train", rows), ("held_out", held_out)):
+    preferences._write_rows(
+      folder / f"samples/pairs_{part}.jsonl",
+      [{"response": f"sample {n} \n"} for n in range(len(kept))],
+    )
+  (folder / "pairs").mkdir()
+  experiment._write_pairs(folder / "pairs/train.jsonl")
+  pairs = preferences._read_rows(folder / "pairs/train.jsonl")
+  assert [x["rejected"] for x in pairs] == [
+    f" sample {n}" for n in range(len(rows))
+  ]
+  assert [x["chosen"] for x in pairs] == [x["response"] for x in rows]
+  assert len(rows) + len(held_out) == 48 and len(held_out) == 3
+
+
+def test_prompts_of_the_test_were_not_trained_on(tmp_path):
+  write_dialogues(tmp_path)
+  task = dataclasses.replace(TASKS["hh"], scales={"cpu": SCALE})
+  folder = tmp_path / "run"
+  preferences._Experiment(
+    folder, task, "cpu", tmp_path, None, CONFIGS["hh"]
+  )._write_data(folder / "data.json")
+  read = lambda name: preferences._read_rows(folder / f"data/{name}.jsonl")
+  trained = {x["prompt"] for x in read("train") + read("held_out")}
+  assert len(trained) == 48
+  assert len(read("test")) == 4
+  assert not trained & {x["prompt"] for x in read("test")}
+
+
+def test_a_response_ends_where_the_human_would_speak(tmp_path):
+  text = lambda name, sample: preferences._Experiment(
+    tmp_path, TASKS[name], "cpu", tmp_path, None, CONFIGS[name]
+  )._text({"response": sample})
+  sample = "Rice. \n\nHuman: Why?\n\nAssistant: Oh"
+  assert text("hh", sample) == " Rice."
+  assert text("tldr", sample) == " " + sample
+
+
+def test_only_a_model_from_random_weights_has_the_scales_optimizer(tmp_path):
+  config = lambda model: preferences._Experiment(
+    tmp_path, TASKS["hh"], "cpu", tmp_path, model, CONFIGS["hh"]
+  )._config("sft")
+  scratch, given = config(None), config("a_model")
+  assert (scratch.model.preset, scratch.model.path) == ("mini", "")
+  assert (given.model.preset, given.model.path) == ("", "a_model")
+  assert scratch.optimizer.learning_rate == 4e-3
+  assert given.optimizer.learning_rate == 1e-5
+  assert given.data == scratch.data and given.epochs == scratch.epochs
+
+
+def test_what_cannot_be_run_is_refused_before_anything_is_written(tmp_path):
+  with pytest.raises(ValueError, match="no file 'train.jsonl.xz' in the data"):
+    run("hh", tmp_path)
+  write_dialogues(tmp_path)
+  with pytest.raises(ValueError, match="unknown scale 'tpu'; known: cpu"):
+    run("hh", tmp_path, scale="tpu")
+  with pytest.raises(ValueError, match="scale 'paper' needs a pretrained"):
+    preferences.run(
+      str(tmp_path / "run"),
+      CONFIGS["hh"],
+      preference_tasks.HH,
+      data=str(tmp_path),
+      scale="paper",
+    )
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_holds_one_experiment(tmp_path):
+  write_dialogues(tmp_path)
+  settings = {"task": preference_tasks.HH.title, "scale": "cpu"}
+  settings |= {"data": str(tmp_path), "model": "gpt2"}
+  (tmp_path / "run").mkdir()
+  (tmp_path / "run/experiment.json").write_text(json.dumps(settings))
+  with pytest.raises(ValueError, match="of model 'gpt2', not None; give"):
+    run("hh", tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("arguments", "error"),
+  [
+    (["hh"], "hh needs --data"),
+    (["quickstart", "--data=x"], "--data is not a flag of quickstart; those"),
+    (["tldr", "--data=x"], "no file 'posts.jsonl.xz' in the data folder 'x'"),
+  ],
+)
+def test_bad_flags_end_in_one_line(arguments, error, tmp_path):
+  process = test_end_to_end.start(
+    *arguments, f"--workdir={tmp_path}", module="launch.reproduce"
+  )
+  _, err = process.communicate(timeout=100)
+  assert process.returncode == 2
+  assert err.startswith(f"error: {error}") and err.count("\n") == 1
+
+
+def test_the_configs_have_the_papers_settings():
+  for name, beta in (("hh", 0.1), ("tldr", 0.5)):
+    config = CONFIGS[name]("dpo")
+    assert config.loss.beta == beta and config.batch_size == 64
+    assert config.optimizer.name == "rmsprop"
+    assert config.optimizer.learning_rate == 1e-6
+    assert config.optimizer.warmup_steps == 150
+    judge = CONFIGS[name]("reward_model")
+    assert judge.checkpoint.metric == "rewards/accuracies"
+    assert judge.checkpoint.every == judge.eval.every > 0
+  with pytest.raises(ValueError, match="unknown size 'papers'; known: paper"):
+    hh_dialogue.get_config("dpo,papers")
