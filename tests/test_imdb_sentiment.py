@@ -25,14 +25,14 @@ def reviews(shared_dir, tmp_path):
 
 @pytest.mark.parametrize(
   ("loss", "head", "num_steps"),
-  [("sft", "vocabulary", 4), ("classifier", "classifier", 8)],
+  [("sft", "vocabulary", 8), ("classifier", "classifier", 8)],
 )
 def test_a_stage_reads_reviews(loss, head, num_steps, reviews, tmp_path):
-  config = imdb_sentiment.get_config(loss)
+  config = imdb_sentiment.get_config(f"{loss},cpu")
   config.data.path = config.data.eval_path = str(reviews)
   config.data.cache_dir = str(tmp_path / "cache")
   config.model.tokenizer = str(tmp_path / "tokenizer")
-  config.batch_size = 8
+  config.batch_size = config.microbatch_rows = 8
   built = experiment.build(config)
   assert built.scorer.policy.head == head
   assert built.scorer.policy.vocab_size == 400

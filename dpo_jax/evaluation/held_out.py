@@ -33,6 +33,7 @@ class Settings:
     beta: scales log-ratios to rewards, above 0.
     max_length: tokens of prompt and one response.
     max_prompt_length: tokens.
+    max_response_length: tokens; 0: no bound.
     dtype: of matmuls.
   """
 
@@ -41,6 +42,7 @@ class Settings:
   beta: float
   max_length: int
   max_prompt_length: int
+  max_response_length: int
   dtype: str
 
 
@@ -59,7 +61,11 @@ def make_settings(path: str, *, dtype: str = "auto", **given: Any) -> Settings:
   Raises:
     ValueError: beta or reference is missing, or out of range.
   """
-  defaults = {"max_length": 512, "max_prompt_length": 256}
+  defaults: dict[str, Any] = {
+    "max_length": 512,
+    "max_prompt_length": 256,
+    "max_response_length": 0,
+  }
   run, _ = source.split_step(path)
   file = pathlib.Path(run) / "config.json"
   if source.is_run(run) and file.exists():
@@ -67,9 +73,7 @@ def make_settings(path: str, *, dtype: str = "auto", **given: Any) -> Settings:
     defaults = {
       "reference": _reference_of(config),
       "beta": config["loss"]["beta"],
-      "max_length": config["data"]["max_length"],
-      "max_prompt_length": config["data"]["max_prompt_length"],
-    }
+    } | {name: config["data"][name] for name in defaults}
   settings = defaults | {k: v for k, v in given.items() if v is not None}
   for name in ("reference", "beta"):
     if not settings.get(name):
@@ -158,6 +162,7 @@ def _tokenize(rows, path, tokenizer, settings):
       inputs="pairs",
       max_length=settings.max_length,
       max_prompt_length=settings.max_prompt_length,
+      max_response_length=settings.max_response_length,
     )
     dropped.update(report.dropped)
     kept += report.kept

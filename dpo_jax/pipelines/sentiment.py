@@ -301,6 +301,8 @@ class _Experiment:
   def _set_pairs(self, config):
     config.model.path, config.model.preset = self._runs["sft"], ""
     config.data.source, config.data.path = "jsonl", str(self._pairs)
+    # Samples that were cut have no EOS.
+    config.data.max_response_length = self._plan.max_new_tokens
 
   def _path(self, point) -> pathlib.Path:
     label, _, changes = point

@@ -17,7 +17,14 @@ def pair(prompt, chosen, rejected):
   return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
-def run(rows, tokenizer, inputs="pairs", max_length=99, max_prompt_length=50):
+def run(
+  rows,
+  tokenizer,
+  inputs="pairs",
+  max_length=99,
+  max_prompt_length=50,
+  max_response_length=0,
+):
   """Returns the texts of prompt, chosen and rejected of pairs; the report."""
   tokens, report = tokenize.tokenize(
     rows,
@@ -25,6 +32,7 @@ def run(rows, tokenizer, inputs="pairs", max_length=99, max_prompt_length=50):
     inputs=inputs,
     max_length=max_length,
     max_prompt_length=max_prompt_length,
+    max_response_length=max_response_length,
   )
   columns = [
     [tokenizer.decode(c.values[a:b]) for a, b in zip(c.offsets, c.offsets[1:])]
@@ -96,6 +104,17 @@ def test_responses_are_cut_on_the_right_exactly_at_the_limit(tokenizer):
   assert texts == [("pp", "abc", "abc")]
   assert report.truncated_responses == 2
   assert report.identical == 1
+
+
+def test_a_sample_that_was_cut_has_no_eos_at_its_own_length(tokenizer):
+  rows = [pair("pp", "abc", "abcd")]
+  texts, report = run(rows, tokenizer, max_response_length=4)
+  assert texts == [("pp", "abc</s>", "abcd")]
+  assert report.truncated_responses == 1
+  texts, _ = run(rows, tokenizer, max_response_length=4, max_length=5)
+  assert texts == [("pp", "abc", "abc")]
+  with pytest.raises(ValueError, match="max_response_length=-1: must be at"):
+    run(rows, tokenizer, max_response_length=-1)
 
 
 def test_pair_without_room_for_a_response_is_dropped_and_counted(tokenizer):

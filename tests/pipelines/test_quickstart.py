@@ -66,5 +66,6 @@ def test_an_unknown_experiment_is_refused(tmp_path):
   _, err = process.communicate(timeout=100)
   assert process.returncode == 2
   assert (
-    err == "error: unknown experiment 'imdbb'; known: quickstart, hh, tldr\n"
+    err
+    == "error: unknown experiment 'imdbb'; known: quickstart, imdb, hh, tldr\n"
   )
