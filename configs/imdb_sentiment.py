@@ -101,6 +101,7 @@ def get_config(argument: str = "dpo"):
   elif loss == "reward_model":
     config.epochs = 3
     config.optimizer.name = "adamw"
+    config.optimizer.learning_rate = 1e-5
     config.optimizer.schedule = "cosine"
     config.optimizer.clip = 1.0
     config.eval.every = config.checkpoint.every = 200

@@ -15,10 +15,12 @@ ends with `report.md` and `frontier.png`.
 `hh`: single-turn dialogue, `--data` with train.jsonl.xz and test.jsonl.xz.
 `tldr`: summaries, `--data` with posts.jsonl.xz and
 ppo_vs_human_judged.csv.xz. Both end with `report.md` and `wins/win_rate.png`,
-win rates by temperature that a reward model judges. `--scale=cpu` takes
-minutes with a model from random weights; `gpu` and `paper` need `--model` (not
-yet run). What a scale is stands in dpo_jax/pipelines/preference_tasks.py, and
-of `imdb` in configs/imdb_sentiment.py.
+win rates by temperature that a reward model judges.
+
+`--scale=cpu` takes minutes with a model from random weights, `imdb` more than
+an hour; at `gpu` and `paper`, not yet run, `imdb` starts from GPT-2 and the
+others from `--model`. What a scale is stands in configs/imdb_sentiment.py and
+dpo_jax/pipelines/preference_tasks.py.
 """
 
 from absl import flags

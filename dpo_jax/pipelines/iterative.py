@@ -229,6 +229,10 @@ def _round_config(config, settings, policy, pairs) -> ConfigDict:
   config.model.preset, config.model.path = "", policy
   config.data.source, config.data.path = "jsonl", pairs
   config.data.eval_path = ""
+  # Samples that were cut have no EOS.
+  config.data.max_response_length = (
+    config.data.max_response_length or settings.sampling.max_new_tokens
+  )
   if settings.reference == "first":
     config.reference.path = settings.policy
   return config

@@ -217,6 +217,7 @@ def _start(*arguments):
   return process.returncode, out, err
 
 
+@pytest.mark.slow
 def test_the_command_of_the_readme(folder, tmp_path):
   shutil.copytree(folder / "sft", tmp_path / "runs/quickstart/sft")
   typed = _readme_command(tmp_path)

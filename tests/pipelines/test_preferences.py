@@ -89,13 +89,20 @@ def run(name, folder, **options):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["hh", "tldr"])
-def test_a_small_experiment_runs_its_stages_once(
-  name, tmp_path, monkeypatch, capsys
-):
-  monkeypatch.setattr(preferences, "TEMPERATURES", (0.0, 1.0))
+def test_the_command_runs_its_stages_once(name, tmp_path):
   WRITERS[name](tmp_path)
-  assert run(name, tmp_path)
   folder = tmp_path / "run"
+
+  def stages():
+    process = test_end_to_end.start(
+      *(name, f"--data={tmp_path}", f"--workdir={folder}"),
+      module="tests.small_experiments",
+    )
+    out, err = process.communicate(timeout=1500)
+    assert process.returncode == 0, out + err
+    return [x for x in out.splitlines() if x.startswith("== ")]
+
+  first = stages()
   record = json.loads((folder / "wins/win_rate.json").read_text())
   cells = [(x["method"], x["temperature"]) for x in record["cells"]]
   assert cells == [
@@ -109,14 +116,12 @@ def test_a_small_experiment_runs_its_stages_once(
   report = (folder / "report.md").read_text()
   assert "Judge and model differ from the paper's" in report
   assert ("no person compared them" in report) == (name == "tldr")
-  done = capsys.readouterr().out
-  assert "== dpo: " in done and ", done" not in done
+  assert any(x.startswith("== dpo: ") for x in first)
+  assert not any(x.endswith(", done") for x in first)
 
   before = {x: x.stat().st_mtime_ns for x in folder.rglob("*") if x.is_file()}
-  assert run(name, tmp_path)
-  lines = capsys.readouterr().out.splitlines()
-  stages = [x for x in lines if x.startswith("== ")]
-  assert len(stages) > 10 and all(x.endswith(", done") for x in stages)
+  again = stages()
+  assert len(again) > 10 and all(x.endswith(", done") for x in again)
   after = {x: x.stat().st_mtime_ns for x in folder.rglob("*") if x.is_file()}
   assert before == after
 

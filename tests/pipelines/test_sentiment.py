@@ -1,6 +1,5 @@
 """Controlled sentiment on reviews of the miniature grammar, small and whole."""
 
-import functools
 import json
 
 import pytest
@@ -9,6 +8,7 @@ from configs import imdb_sentiment
 from dpo_jax.checkpoints import manager
 from dpo_jax.data import synthetic
 from dpo_jax.pipelines import sentiment
+from tests import test_end_to_end as end_to_end
 
 GRID = (
   ("DPO", "dpo", {"loss.beta": 0.1}),
@@ -26,15 +26,19 @@ PLAN = sentiment.Plan(
 )
 
 
-def _config(loss, **changes):
-  config = imdb_sentiment.get_config(f"{loss},cpu")
+_get_config = imdb_sentiment.get_config
+
+
+def make_config(argument):
+  """Returns a config of seconds; "dpo" and "dpo,cpu" are the same."""
+  loss = argument.removesuffix(",cpu")
+  config = _get_config(f"{loss},cpu")
   if config.model.preset:
     config.model.preset = "tiny"
   config.batch_size, config.steps = 8, 2
   config.microbatch_rows = 8
   if loss in ("dpo", "ppo"):
     config.checkpoint.every = 1
-  config.update(changes)
   return config
 
 
@@ -57,10 +61,19 @@ def reviews(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_small_experiment_runs_its_stages_once(tmp_path, reviews, capsys):
+def test_the_command_runs_its_stages_once(tmp_path, reviews):
   workdir = tmp_path / "run"
-  run = functools.partial(sentiment.run, str(workdir), str(reviews))
-  assert run(_config, PLAN)
+
+  def run():
+    process = end_to_end.start(
+      *("imdb", f"--data={reviews}", f"--workdir={workdir}"),
+      module="tests.small_experiments",
+    )
+    out, err = process.communicate(timeout=1500)
+    assert process.returncode == 0, out + err
+    return out
+
+  run()
   record = json.loads((workdir / "frontier.json").read_text())
   labels = [point["label"] for point in record["points"]]
   assert labels == [
@@ -82,9 +95,7 @@ def test_a_small_experiment_runs_its_stages_once(tmp_path, reviews, capsys):
   report = (workdir / "report.md").read_text()
   assert "| PPO-GT |" in report and "reward model of the pairs" in report
   kept = (workdir / "points.jsonl").read_text()
-  capsys.readouterr()
-  assert run(_config, PLAN)
-  assert capsys.readouterr().out.count("nothing to do") == 3 + len(GRID)
+  assert run().count("nothing to do") == 3 + len(GRID)
   assert (workdir / "points.jsonl").read_text() == kept
 
 
@@ -96,7 +107,7 @@ def test_the_true_reward_is_ppo_gts_alone(tmp_path, reviews, monkeypatch):
     lambda config, path: rewards.update({path: config.ppo.reward}) or True,
   )
   files = {name: str(reviews / name) for name in sentiment.FILES}
-  experiment = sentiment._Experiment(tmp_path, files, _config, PLAN, "")
+  experiment = sentiment._Experiment(tmp_path, files, make_config, PLAN, "")
   assert all(stage() for _, stage in experiment.methods())
   assert rewards == {
     f"{tmp_path}/dpo_beta_0.1": "",
@@ -107,4 +118,4 @@ def test_the_true_reward_is_ppo_gts_alone(tmp_path, reviews, monkeypatch):
 
 def test_a_folder_without_reviews_is_named(tmp_path):
   with pytest.raises(ValueError, match=r"has no train\.jsonl"):
-    sentiment.run(str(tmp_path / "run"), str(tmp_path), _config, PLAN)
+    sentiment.run(str(tmp_path / "run"), str(tmp_path), make_config, PLAN)
