@@ -154,13 +154,16 @@ def _set_cpu(config, loss):
   elif loss == "reward_model":
     config.eval.every = config.checkpoint.every = 300
   elif loss == "ppo":
-    config.steps, config.batch_size = 60, 128
-    config.checkpoint.every = 15
+    config.steps, config.batch_size = 40, 128
+    config.checkpoint.every = 10
     config.ppo.epochs, config.ppo.minibatches = 2, 2
     config.ppo.horizon = 500.0
     config.optimizer.learning_rate = 3e-4
-  elif loss in ("dpo", "ipo_sum"):
+  elif loss == "dpo":
     config.steps = 700  # once over the pairs
     config.reference.mode = "cached"
+  elif loss == "ipo_sum":
+    config.steps = 350
+    config.reference.mode = "cached"
   else:
-    config.steps = 300
+    config.steps = 200
