@@ -8,8 +8,9 @@ ACTIVATE = $(BIN)/.installed
 quickstart: $(ACTIVATE)  ## The miniature sentiment experiment: a table, a figure.
 	JAX_PLATFORMS=cpu $(BIN)/python -m launch.reproduce quickstart --workdir=runs/quickstart
 
+# Most of their time is XLA's; test-slow has its optimisations.
 test: $(ACTIVATE) lint  ## The default tests, minutes on two cores.
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(ACTIVATE)  ## The tests that take minutes each.
 	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
