@@ -51,6 +51,11 @@ def _grid(dpo_betas=DPO_BETAS):
     ),
     *(("Preferred-FT", "preferred_ft", {"seed": x}) for x in (0, 1, 2)),
     *(("PPO", "ppo", {"ppo.target_kl": x}) for x in targets),
+    # Its scores are log-odds: at the default coefficient KL runs away.
+    *(
+      ("PPO", "ppo", {"ppo.target_kl": x, "ppo.kl_coef": 0.4})
+      for x in targets[:2]
+    ),
     *(("PPO-GT", "ppo", {"ppo.target_kl": x}) for x in targets),
   )
 
