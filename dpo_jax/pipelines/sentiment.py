@@ -97,7 +97,8 @@ def run(
       ("pairs, labelled by the true reward", experiment.write_pairs),
       ("reward model of the pairs", experiment.train_reward_model),
       *experiment.methods(),
-      ("evaluation and figure", experiment.evaluate),
+      ("evaluation", experiment.evaluate),
+      ("figure and report", experiment.report),
     ],
   )
 
@@ -118,6 +119,7 @@ class _Experiment:
     self._pairs = folder / "pairs.jsonl"
     self._held_out = folder / "held_out_pairs.jsonl"
     self._points = folder / "points.jsonl"
+    self._frontier_samples = folder / "frontier_samples.npz"
 
   def train_tokenizer(self) -> bool:
     if not self._model and not pathlib.Path(self._tokenizer).exists():
@@ -207,7 +209,7 @@ class _Experiment:
     return self._train(config, self._path(point))
 
   def evaluate(self) -> bool:
-    """Measures what is not yet measured, and writes figure and report."""
+    """Measures what is not yet measured."""
     reference = Policy(self._runs["sft"])
     prompts = measure.Prompts(
       reference,
@@ -237,8 +239,13 @@ class _Experiment:
             add(path.name, step, _point(point[0], policy, *measured))
         for step in steps[:-1]:  # Their dots are kept.
           shutil.rmtree(path / "checkpoints" / str(step))
-    limit, best = self._limits(reference, prompts)
-    points = [*done.values(), *best]
+    self._score_frontier_samples(reference, prompts)
+    return True
+
+  def report(self) -> bool:
+    """Writes the figure and the report, and prints it."""
+    limit, best = self._limits()
+    points = [*self._read_points().values(), *best]
     table = frontier.write(
       self._folder, points, limit, reward_name="probability of positive"
     )
@@ -256,22 +263,20 @@ class _Experiment:
     print(report, flush=True)
     return True
 
-  def _limits(self, reference, prompts):
-    """Returns the best possible frontier, and the points of Best-of-N.
-
-    The samples' scores are kept in `frontier_samples.npz`.
-    """
-    path = self._folder / "frontier_samples.npz"
-    if not path.exists():
+  def _score_frontier_samples(self, reference, prompts):
+    if not self._frontier_samples.exists():
       count = self._plan.frontier_samples
       samples = prompts.sample(reference, count, seed=3)
       learned_fn = learned.load(self._runs["reward_model"])
       np.savez(
-        path,
+        self._frontier_samples,
         true=prompts.scores(reference, samples),
         learned=prompts.scores(reference, samples, learned_fn),
       )
-    found = np.load(path)
+
+  def _limits(self):
+    """Returns the best possible frontier, and the points of Best-of-N."""
+    found = np.load(self._frontier_samples)
     points = []
     for n in BEST_OF:
       if n <= found["true"].shape[1]:
