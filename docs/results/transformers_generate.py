@@ -18,7 +18,7 @@ import transformers
 def main() -> None:
   parser = argparse.ArgumentParser()
   parser.add_argument("--rows", type=int, default=1)
-  parser.add_argument("--prompt_length", type=int, default=128)
+  parser.add_argument("--prompt_length", type=int, default=16)
   parser.add_argument("--max_new_tokens", type=int, default=128)
   parser.add_argument("--rounds", type=int, default=3)
   options = parser.parse_args()
