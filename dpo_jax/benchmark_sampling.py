@@ -16,7 +16,7 @@ from dpo_jax.models import config as model_config
 from dpo_jax.models import transformer
 from dpo_jax.sampling import decode
 
-COPIED_BYTES = 2**28
+REPEATS = 20  # of a pass over memory
 
 
 def run(
@@ -49,7 +49,7 @@ def run(
     mesh, transformer.logical_axes(model), transformer.param_shapes(model)
   )
   init = lambda: transformer.init_params(model, jax.random.key(config.seed))
-  limits = {"bytes": copy_rate(), "flops": benchmark.matmul_rate(model.dtype)}
+  flops_rate = benchmark.matmul_rate(model.dtype)
   with jax.set_mesh(mesh):
     sampler = decode.Sampler(model, jax.jit(init, out_shardings=layouts)())
     prompts = np.random.default_rng(config.seed).integers(
@@ -70,6 +70,7 @@ def run(
   variants = {}
   for count, times in seconds.items():
     needed = needed_work(model, count, prompt_length, max_new_tokens)
+    limits = {"bytes": memory_rate(needed["bytes"]), "flops": flops_rate}
     least = max(needed[name] / limits[name] for name in limits)
     taken = statistics.median(times)
     variants[str(count)] = {
@@ -77,13 +78,13 @@ def run(
       "seconds_per_token": taken,
       "limit": max(needed, key=lambda name: needed[name] / limits[name]),
       "share_of_limit": least / taken,
+      "bytes_per_second": limits["bytes"],
     }
   return {
     "device": str(jax.devices()[0].device_kind),
     "num_devices": jax.device_count(),
     "dtype": model.dtype,
-    "bytes_per_second": limits["bytes"],
-    "matmul_flops_per_second": limits["flops"],
+    "matmul_flops_per_second": flops_rate,
     "prompt_length": prompt_length,
     "max_new_tokens": max_new_tokens,
     "variants": variants,
@@ -92,36 +93,41 @@ def run(
 
 def table(results: dict[str, Any]) -> str:
   """Returns the results of `run` as lines of text."""
-  lines = [f"{'rows':>6} {'tokens/s':>10} {'of the limit':>13}  limit"]
+  lines = [
+    f"{'rows':>6} {'tokens/s':>10} {'of the limit':>13}  limit   memory GB/s"
+  ]
   names = {"bytes": "memory", "flops": "matmul"}
   for count, row in results["variants"].items():
     lines.append(
       f"{count:>6} {row['tokens_per_second']:>10.1f}"
       f" {row['share_of_limit']:>13.1%}  {names[row['limit']]}"
+      f" {row['bytes_per_second'] / 1e9:>12.1f}"
     )
   lines.append(
     f"{results['num_devices']} x {results['device']}, {results['dtype']};"
     f" prompts of {results['prompt_length']} tokens,"
-    f" {results['max_new_tokens']} new; memory"
-    f" {results['bytes_per_second'] / 1e9:.1f} GB/s, matmul"
+    f" {results['max_new_tokens']} new; matmul"
     f" {results['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s"
   )
   return "\n".join(lines)
 
 
-def copy_rate() -> float:
-  """Returns bytes/s, read and written, of a copy on all devices together."""
+def memory_rate(num_bytes: float) -> float:
+  """Returns bytes/s, read and written, of passes over memory in place.
+
+  On all devices together, which hold `num_bytes` in all: what fits a cache is
+  read as fast as the cache is.
+  """
   count = jax.local_device_count()
-  copy = jax.pmap(lambda x: x + 1)
-  x = jnp.ones((count, COPIED_BYTES // 4), jnp.float32)
-  copy(x).block_until_ready()
-  repeats = 5
+  length = max(int(num_bytes) // (4 * jax.device_count()), 1)
+  add = jax.pmap(lambda x: x + 1, donate_argnums=0)
+  x = add(jnp.ones((count, length), jnp.float32)).block_until_ready()
   start = time.perf_counter()
-  for _ in range(repeats):
-    y = copy(x)
-  y.block_until_ready()
+  for _ in range(REPEATS):
+    x = add(x)
+  x.block_until_ready()
   seconds = time.perf_counter() - start
-  return 2 * COPIED_BYTES * repeats * jax.device_count() / seconds
+  return 2 * 4 * length * jax.device_count() * REPEATS / seconds
 
 
 def needed_work(

@@ -245,8 +245,8 @@ def _sample_rows(
       allowed = _allowed(logits / temperature, top_k, top_p, has_top_p)
       chosen = _choose(jax.vmap(jax.random.uniform)(step_keys), allowed)
     chosen = jnp.where(ended, eos_id, chosen).astype(jnp.int32)
-    of_all = jax.nn.log_softmax(logits)
-    of_chosen = jnp.take_along_axis(of_all, chosen[:, None], axis=1)[:, 0]
+    of_chosen = jnp.take_along_axis(logits, chosen[:, None], axis=1)[:, 0]
+    of_chosen -= jax.nn.logsumexp(logits, axis=-1)
     tokens = tokens.at[:, step].set(chosen)
     logps = logps.at[:, step].set(jnp.where(ended, 0.0, of_chosen))
     return tokens, logps, ended | (chosen == eos_id)
