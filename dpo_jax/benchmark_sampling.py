@@ -45,9 +45,7 @@ def run(
     dtype=sharding.matmul_dtype(config.model.dtype),
   )
   mesh = sharding.make_mesh(**config.mesh)
-  layouts = sharding.array_shardings(
-    mesh, transformer.logical_axes(model), transformer.param_shapes(model)
-  )
+  layouts = transformer.layouts(mesh, model)
   init = lambda: transformer.init_params(model, jax.random.key(config.seed))
   flops_rate = benchmark.matmul_rate(model.dtype)
   with jax.set_mesh(mesh):

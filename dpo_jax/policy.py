@@ -48,11 +48,7 @@ class Policy:
       opened.config, dtype=sharding.matmul_dtype(dtype)
     )
     self.mesh = sharding.make_mesh()
-    layouts = sharding.array_shardings(
-      self.mesh,
-      transformer.logical_axes(self.config),
-      transformer.param_shapes(self.config),
-    )
+    layouts = transformer.layouts(self.mesh, self.config)
     self.params = opened.load(self.config, layouts)
 
   @functools.cached_property

@@ -92,7 +92,7 @@ def _reference_of(config):
   base, reference = config["model"]["path"], config["reference"]
   if reference["mode"] == "adapter_off":
     return base
-  return reference["path"] or config.get("lora", {}).get("path") or base
+  return reference["path"] or config["lora"]["path"] or base
 
 
 def evaluate(

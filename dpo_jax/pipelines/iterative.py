@@ -26,7 +26,6 @@ import copy
 import dataclasses
 import itertools
 import json
-import os
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -42,6 +41,7 @@ from dpo_jax.checkpoints import run_folder
 from dpo_jax.data import tokenize
 from dpo_jax.evaluation import frontier
 from dpo_jax.losses import objectives
+from dpo_jax.pipelines import stages
 from dpo_jax.rewards import registry
 from dpo_jax.sampling import decode
 from dpo_jax.training import reference as reference_lib
@@ -342,9 +342,7 @@ def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 def _write(path: pathlib.Path, rows: Iterable[dict[str, Any]]) -> None:
   """Writes JSON lines, all or nothing, for all processes."""
   if jax.process_index() == 0:
-    part = path.with_suffix(".part")
-    part.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    os.replace(part, path)
+    stages.write_lines(path, rows)
   multihost_utils.sync_global_devices(f"{path.name} written")
 
 

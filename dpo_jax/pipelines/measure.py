@@ -1,8 +1,6 @@
 """What the experiments share: labelled pairs, and points of reward and KL."""
 
 import itertools
-import json
-import os
 import pathlib
 from collections.abc import Iterable, Sequence
 
@@ -10,6 +8,7 @@ import numpy as np
 
 from dpo_jax.data import tokenize
 from dpo_jax.evaluation import frontier
+from dpo_jax.pipelines import stages
 from dpo_jax.policy import Policy
 from dpo_jax.rewards.registry import RewardFn
 from dpo_jax.sampling import decode
@@ -104,16 +103,14 @@ def write_pairs(
   Six of four, as in Rafailov et al. 2023, sec 6.1. The higher reward is
   chosen; of equals there is no pair.
   """
-  part, num_ties = path.with_name(path.name + ".part"), 0
-  with part.open("w") as file:
-    for prompt, texts, scores in zip(prompts, responses, rewards, strict=True):
-      scored = zip(texts, map(float, scores), strict=True)
-      for pair in itertools.combinations(scored, 2):
-        (rejected, low), (chosen, high) = sorted(pair, key=lambda x: x[1])
-        num_ties += low == high
-        if low < high:
-          row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-          row |= {"chosen_score": high, "rejected_score": low}
-          file.write(json.dumps(row) + "\n")
-  os.replace(part, path)
+  rows, num_ties = [], 0
+  for prompt, texts, scores in zip(prompts, responses, rewards, strict=True):
+    scored = zip(texts, map(float, scores), strict=True)
+    for pair in itertools.combinations(scored, 2):
+      (rejected, low), (chosen, high) = sorted(pair, key=lambda x: x[1])
+      num_ties += low == high
+      if low < high:
+        row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+        rows.append(row | {"chosen_score": high, "rejected_score": low})
+  stages.write_lines(path, rows)
   return num_ties

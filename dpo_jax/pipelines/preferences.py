@@ -20,9 +20,9 @@ from ml_collections import ConfigDict
 
 from dpo_jax import experiment, policy, trainer
 from dpo_jax.checkpoints import run_folder
-from dpo_jax.data import bpe, examples
+from dpo_jax.data import examples
 from dpo_jax.evaluation import intervals, judges, win_rate_report
-from dpo_jax.pipelines import preferences_report
+from dpo_jax.pipelines import preferences_report, stages
 from dpo_jax.pipelines.preference_tasks import Scale, Task
 from dpo_jax.rewards import learned
 from dpo_jax.sampling import best_of_n, decode
@@ -128,7 +128,7 @@ class _Experiment:
     settings |= {"data": str(self.data), "model": self.model}
     if not path.exists():
       path.parent.mkdir(parents=True, exist_ok=True)
-      _replace(path, json.dumps(settings, indent=2) + "\n")
+      stages.replace(path, json.dumps(settings, indent=2) + "\n")
     before = json.loads(path.read_text())
     for key, value in settings.items():
       if before[key] != value:
@@ -185,12 +185,12 @@ class _Experiment:
   def _write_data(self, path: pathlib.Path) -> None:
     """Writes what is trained on, held out and tested on, and its counts."""
     kept, counts = self._read(self.task.train, "train", self.scale.train_rows)
-    _write_rows(
+    stages.write_lines(
       self.folder / "data/train.jsonl",
       (x for n, x in enumerate(kept) if n % HELD_OUT_SHARE),
     )
     held_out = kept[::HELD_OUT_SHARE]
-    _write_rows(self.folder / "data/held_out.jsonl", held_out)
+    stages.write_lines(self.folder / "data/held_out.jsonl", held_out)
     trained_on = {x["prompt"] for x in kept}
     test, test_counts = self._read(
       self.task.test,
@@ -198,10 +198,10 @@ class _Experiment:
       self.scale.test_prompts,
       lambda x: self.task.is_test(x) and x["prompt"] not in trained_on,
     )
-    _write_rows(self.folder / "data/test.jsonl", test)
+    stages.write_lines(self.folder / "data/test.jsonl", test)
     record = {"train": counts, "held_out": len(held_out), "test": test_counts}
     print(f"data: {json.dumps(record)}", flush=True)
-    _replace(path, json.dumps(record, indent=2) + "\n")
+    stages.replace(path, json.dumps(record, indent=2) + "\n")
 
   def _read(
     self,
@@ -243,10 +243,8 @@ class _Experiment:
     return None if is_wanted(row) else "not a prompt of the test"
 
   def _write_tokenizer(self, path: pathlib.Path) -> None:
-    texts = bpe.texts("jsonl", [str(self.folder / "data/train.jsonl")], "")
-    part = path.with_name(path.name + ".part")
-    bpe.train(texts, self.scale.vocab_size).save_pretrained(part)
-    part.rename(path)
+    data = str(self.folder / "data/train.jsonl")
+    stages.write_tokenizer(path, "jsonl", data, self.scale.vocab_size)
 
   def _write_pairs(self, path: pathlib.Path) -> None:
     """Writes the data's responses against samples of the sft model."""
@@ -264,7 +262,7 @@ class _Experiment:
         }
         for x, y in zip(rows, _read_rows(output), strict=True)
       )
-      _write_rows(path.with_name(f"{part}.jsonl"), pairs)
+      stages.write_lines(path.with_name(f"{part}.jsonl"), pairs)
 
   def _sample(
     self, name: str, temperature: float, output: pathlib.Path
@@ -305,9 +303,9 @@ class _Experiment:
           rows += self._best(found)
     for method in dict.fromkeys(x["method"] for x in rows):
       mine = (x for x in rows if x["method"] == method)
-      _write_rows(path.with_name(f"{method}.jsonl"), mine)
+      stages.write_lines(path.with_name(f"{method}.jsonl"), mine)
     test = _read_rows(self.folder / "data/test.jsonl")
-    _write_rows(path, test)
+    stages.write_lines(path, test)
 
   def _text(self, sample: Mapping[str, Any]) -> str:
     """Returns a sampled response as the data writes responses."""
@@ -347,7 +345,7 @@ class _Experiment:
         points[here].tolist(), prompts, by_group=False, seed=0
       )
       record["subsets"][kind] = {"pairs": len(here)} | found
-    _replace(path, json.dumps(record, indent=2) + "\n")
+    stages.replace(path, json.dumps(record, indent=2) + "\n")
 
   def _write_win_rates(self, path: pathlib.Path) -> None:
     responses = self.folder / "responses"
@@ -365,20 +363,9 @@ class _Experiment:
     text = preferences_report.make(
       self.folder, self.task, self.scale_name, self.model
     )
-    _replace(path, text)
+    stages.replace(path, text)
 
 
 def _read_rows(path: pathlib.Path) -> list[dict]:
   with path.open() as file:
     return [json.loads(line) for line in file]
-
-
-def _write_rows(path: pathlib.Path, rows) -> None:
-  path.parent.mkdir(parents=True, exist_ok=True)
-  _replace(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def _replace(path: pathlib.Path, text: str) -> None:
-  part = path.with_name(path.name + ".part")
-  part.write_text(text)
-  os.replace(part, path)

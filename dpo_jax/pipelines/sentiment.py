@@ -21,7 +21,6 @@ from ml_collections import ConfigDict
 from dpo_jax import policy as policy_lib
 from dpo_jax import trainer
 from dpo_jax.checkpoints import manager
-from dpo_jax.data import bpe
 from dpo_jax.evaluation import frontier, matched_kl
 from dpo_jax.pipelines import measure, stages
 from dpo_jax.policy import Policy
@@ -122,10 +121,10 @@ class _Experiment:
     self._frontier_samples = folder / "frontier_samples.npz"
 
   def train_tokenizer(self) -> bool:
-    if not self._model and not pathlib.Path(self._tokenizer).exists():
-      lines = bpe.texts("imdb", [self._files["unsup"]], "")
-      tokenizer = bpe.train(lines, self._plan.vocab_size)
-      tokenizer.save_pretrained(self._tokenizer)
+    path = pathlib.Path(self._tokenizer)
+    if not self._model and not path.exists():
+      text, vocab_size = self._files["unsup"], self._plan.vocab_size
+      stages.write_tokenizer(path, "imdb", text, vocab_size)
     return True
 
   def train_classifier(self) -> bool:
@@ -268,11 +267,13 @@ class _Experiment:
       count = self._plan.frontier_samples
       samples = prompts.sample(reference, count, seed=3)
       learned_fn = learned.load(self._runs["reward_model"])
+      part = self._folder / "part.npz"
       np.savez(
-        self._frontier_samples,
+        part,
         true=prompts.scores(reference, samples),
         learned=prompts.scores(reference, samples, learned_fn),
       )
+      part.replace(self._frontier_samples)
 
   def _limits(self):
     """Returns the best possible frontier, and the points of Best-of-N."""
@@ -293,7 +294,11 @@ class _Experiment:
     if not self._points.exists():
       return {}
     found = {}
-    for line in self._points.open():
+    lines = self._points.read_text().splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):  # killed while it was written
+      stages.replace(self._points, "".join(lines[:-1]))
+      lines.pop()
+    for line in lines:
       row = json.loads(line)
       key = row.pop("run"), row.pop("step")
       found[key] = frontier.Point(**row)

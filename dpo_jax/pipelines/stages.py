@@ -1,9 +1,17 @@
-"""Stages in turn, what each took, and the files that they read."""
+"""Stages in turn, what each took, and the files that they read and write.
+
+A file or folder that is there is whole: a stage can be skipped by it.
+"""
 
 import json
+import os
 import pathlib
+import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from dpo_jax.data import bpe
 
 SECONDS = "seconds.json"
 ENDINGS = (".jsonl", ".jsonl.xz", ".jsonl.gz")
@@ -57,3 +65,26 @@ def find_file(folder: str, name: str) -> str:
       f"--data={folder}: has no {name}.jsonl, nor one that is packed (.xz, .gz)"
     )
   return str(found[0])
+
+
+def replace(path: pathlib.Path, text: str) -> None:
+  """Writes a file, whole or not at all."""
+  part = path.with_name(path.name + ".part")
+  part.write_text(text)
+  os.replace(part, path)
+
+
+def write_lines(path: pathlib.Path, rows: Iterable[dict[str, Any]]) -> None:
+  """Writes JSON lines, all or none; makes the folder."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  replace(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_tokenizer(
+  path: pathlib.Path, source: str, data: str, vocab_size: int
+) -> None:
+  """Trains a tokenizer on demonstrations; see `bpe.texts` and `bpe.train`."""
+  part = path.with_name(path.name + ".part")
+  shutil.rmtree(part, ignore_errors=True)
+  bpe.train(bpe.texts(source, [data], ""), vocab_size).save_pretrained(part)
+  part.rename(path)

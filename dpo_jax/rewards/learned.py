@@ -138,11 +138,7 @@ class Learned:
     self._with_eos = with_eos
     self._tokenizer = tokenize.load_tokenizer(opened.tokenizer)
     self._mesh = sharding.make_mesh()
-    layouts = sharding.array_shardings(
-      self._mesh,
-      transformer.logical_axes(config),
-      transformer.param_shapes(config),
-    )
+    layouts = transformer.layouts(self._mesh, config)
     self._params = opened.load(config, layouts)
     scorer = steps.Scorer(
       policy=config,

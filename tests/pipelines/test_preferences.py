@@ -8,7 +8,7 @@ import lzma
 import pytest
 
 from configs import hh_dialogue, tldr_summarization
-from dpo_jax.pipelines import preference_tasks, preferences
+from dpo_jax.pipelines import preference_tasks, preferences, stages
 from tests import test_end_to_end
 
 WORDS = "rice soup tea bread cheese apple salt pepper onion egg".split()
@@ -138,7 +138,7 @@ def test_pairs_of_summaries_are_the_authors_against_samples(tmp_path):
   held_out = preferences._read_rows(folder / "data/held_out.jsonl")
   (folder / "samples").mkdir()
   for part, kept in (("train", rows), ("held_out", held_out)):
-    preferences._write_rows(
+    stages.write_lines(
       folder / f"samples/pairs_{part}.jsonl",
       [{"response": f"sample {n} \n"} for n in range(len(kept))],
     )

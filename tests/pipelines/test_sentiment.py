@@ -116,6 +116,17 @@ def test_the_true_reward_is_ppo_gts_alone(tmp_path, reviews, monkeypatch):
   }
 
 
+def test_a_half_written_dot_is_measured_again(tmp_path):
+  point = {"label": "DPO", "kl": 1.0, "kl_error": 0.1, "reward": 0.5}
+  point |= {"reward_error": 0.1, "num_samples": 4}
+  line = json.dumps({"run": "dpo", "step": 1} | point) + "\n"
+  path = tmp_path / "points.jsonl"
+  path.write_text(line + line[:30])
+  experiment = sentiment._Experiment(tmp_path, {}, make_config, PLAN, "")
+  assert list(experiment._read_points()) == [("dpo", 1)]
+  assert path.read_text() == line
+
+
 def test_a_folder_without_reviews_is_named(tmp_path):
   with pytest.raises(ValueError, match=r"has no train\.jsonl"):
     sentiment.run(str(tmp_path / "run"), str(tmp_path), make_config, PLAN)
