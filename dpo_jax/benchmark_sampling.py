@@ -3,7 +3,7 @@
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,8 +15,9 @@ from dpo_jax import benchmark, sharding
 from dpo_jax.models import config as model_config
 from dpo_jax.models import transformer
 from dpo_jax.sampling import decode
+from dpo_jax.types import Params
 
-REPEATS = 20  # of a pass over memory
+REPEATS = 20  # of a pass over memory, and of a token's products
 
 
 def run(
@@ -31,6 +32,12 @@ def run(
 
   No response ends early. What a token takes is the time of all tokens less
   that of the first, by the number of others, so prompts are left out.
+
+  Three limits are reported, each as a share of the time taken: `memory`, all
+  that a token reads, at the rate of a pass over memory; `matmul`, its
+  operations, at the rate of large square products; and `products`, its matrix
+  products alone, at their own shapes, run in turn with sampling, and after
+  them its keys and values read at the rate of memory.
 
   Args:
     config: of the model: a preset, with random weights.
@@ -53,6 +60,8 @@ def run(
     prompts = np.random.default_rng(config.seed).integers(
       0, model.vocab_size, (max(rows), prompt_length)
     )
+    products = {n: _products(model, sampler.params, n) for n in rows}
+    least: dict[int, list[float]] = {count: [] for count in rows}
     seconds: dict[int, list[float]] = {count: [] for count in rows}
     for number in range(num_rounds + 1):
       for count in rows:
@@ -60,23 +69,30 @@ def run(
           _time(sampler, prompts[:count], length)
           for length in (1, max_new_tokens)
         )
+        multiplied = _time_products(*products[count])
         if number == 0:  # compiled
           continue
+        least[count].append(multiplied)
         seconds[count].append((whole - first) / (max_new_tokens - 1))
         rate = count / seconds[count][-1]
         print(f"round {number} {count} rows: {rate:.1f} tokens/s", flush=True)
   variants = {}
   for count, times in seconds.items():
-    needed = needed_work(model, count, prompt_length, max_new_tokens)
-    limits = {"bytes": memory_rate(needed["bytes"]), "flops": flops_rate}
-    least = max(needed[name] / limits[name] for name in limits)
+    work = needed_work(model, count, prompt_length, max_new_tokens)
+    num_bytes = work["weight_bytes"] + work["cache_bytes"]
+    bytes_rate = memory_rate(num_bytes)
+    limits = {
+      "memory": num_bytes / bytes_rate,
+      "matmul": work["flops"] / flops_rate,
+      "products": statistics.median(least[count])
+      + work["cache_bytes"] / bytes_rate,
+    }
     taken = statistics.median(times)
     variants[str(count)] = {
       "tokens_per_second": count / taken,
       "seconds_per_token": taken,
-      "limit": max(needed, key=lambda name: needed[name] / limits[name]),
-      "share_of_limit": least / taken,
-      "bytes_per_second": limits["bytes"],
+      "share_of_limit": {name: x / taken for name, x in limits.items()},
+      "bytes_per_second": bytes_rate,
     }
   return {
     "device": str(jax.devices()[0].device_kind),
@@ -91,15 +107,17 @@ def run(
 
 def table(results: dict[str, Any]) -> str:
   """Returns the results of `run` as lines of text."""
+  names = ("memory", "matmul", "products")
   lines = [
-    f"{'rows':>6} {'tokens/s':>10} {'of the limit':>13}  limit   memory GB/s"
+    f"{'rows':>6} {'tokens/s':>10}  of the limit of"
+    + "".join(f" {name:>9}" for name in names)
+    + "   memory GB/s"
   ]
-  names = {"bytes": "memory", "flops": "matmul"}
   for count, row in results["variants"].items():
     lines.append(
-      f"{count:>6} {row['tokens_per_second']:>10.1f}"
-      f" {row['share_of_limit']:>13.1%}  {names[row['limit']]}"
-      f" {row['bytes_per_second'] / 1e9:>12.1f}"
+      f"{count:>6} {row['tokens_per_second']:>10.1f} {'':>16}"
+      + "".join(f" {row['share_of_limit'][name]:>9.1%}" for name in names)
+      + f" {row['bytes_per_second'] / 1e9:>13.1f}"
     )
   lines.append(
     f"{results['num_devices']} x {results['device']}, {results['dtype']};"
@@ -134,11 +152,12 @@ def needed_work(
   prompt_length: int,
   max_new_tokens: int,
 ) -> dict[str, float]:
-  """Returns bytes read and operations of one token of each row, on average.
+  """Returns what one token of each row reads and multiplies, on average.
 
-  Weights are read once for all rows, in the dtype computed in, keys and
-  values as many as a token sees. The table of an untied embedding is not
-  counted, nor are the logits; all experts are.
+  `weight_bytes`, `cache_bytes` (of keys and values) and `flops`. Weights are
+  read once for all rows, in the dtype computed in, keys and values as many as
+  a token sees. The table of an untied embedding is not counted, nor are the
+  logits; all experts are.
   """
   item = jnp.dtype(config.dtype).itemsize
   shapes = transformer.param_shapes(config)
@@ -152,9 +171,60 @@ def needed_work(
   kept = 2 * config.num_layers * config.num_kv_heads * config.head_width
   width = config.num_heads * config.head_width
   return {
-    "bytes": item * (weights + rows * seen * kept),
+    "weight_bytes": item * weights,
+    "cache_bytes": item * rows * seen * kept,
     "flops": 2 * rows * weights + 4 * rows * config.num_layers * width * seen,
   }
+
+
+def _products(
+  config: model_config.ModelConfig, params: Params, rows: int
+) -> tuple[Callable[..., jax.Array], Params]:
+  """Returns a program that runs a token's matrix products, and its argument.
+
+  It does so `REPEATS` times, with weights as a sampler has them; rows are
+  spread evenly over experts. Attention's products are not among them.
+  """
+  unembedding = transformer.unembedding(config, params)
+  blocks = [
+    params[transformer.BLOCK.format(i)] for i in range(config.num_layers)
+  ]
+
+  def product(value, path, kernel):
+    fill = lambda *shape: jnp.full(shape, value, kernel.dtype)
+    if path[-1].key.startswith("expert_"):
+      sent = -(-rows * config.experts_per_token // config.num_experts)
+      x = fill(config.num_experts, sent, kernel.shape[1])
+      return jnp.einsum("erd,edm->erm", x, kernel)
+    contracted = kernel.ndim - 1 if path[-2].key == "out" else 1
+    x = sharding.constrain(
+      fill(rows, *kernel.shape[:contracted]), "rows", *[None] * contracted
+    )
+    return jnp.tensordot(x, kernel, contracted)
+
+  @jax.jit
+  def run_products(unembedding, blocks):
+    def repeat(_, value):
+      for path, kernel in jax.tree_util.tree_leaves_with_path(blocks):
+        if kernel.ndim > 1:
+          # Each waits for the one before, and is computed whole.
+          done = jax.lax.optimization_barrier(product(value, path, kernel))
+          value += done.ravel()[0].astype(value.dtype) * 1e-20
+      states = jnp.full((rows, config.d_model), value, config.dtype)
+      states = sharding.constrain(states, "rows", None)
+      logits = jax.lax.optimization_barrier(unembedding.logits(states))
+      return value + logits[0, 0] * 1e-20
+
+    return jax.lax.fori_loop(0, REPEATS, repeat, jnp.float32(1.0))
+
+  return run_products, (unembedding, blocks)
+
+
+def _time_products(run_products, arguments):
+  """Returns seconds of the products of a token."""
+  start = time.perf_counter()
+  run_products(*arguments).block_until_ready()
+  return (time.perf_counter() - start) / REPEATS
 
 
 def _time(sampler, prompts, max_new_tokens):

@@ -1,11 +1,13 @@
 """The benchmark command, and the operations that it counts."""
 
+import dataclasses
 import json
 import subprocess
 import sys
 
 import jax
 import numpy as np
+import pytest
 
 from dpo_jax import benchmark, benchmark_sampling
 from dpo_jax.models import config as model_config
@@ -95,9 +97,28 @@ def test_needed_work_of_a_token_by_hand():
   config = model_config.make_config("tiny", vocab_size=100)
   weights = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 176) + 100 * 64
   needed = benchmark_sampling.needed_work(config, 3, 10, 20)
+  assert needed["weight_bytes"] == 4 * weights
   # Keys and values of 2 layers and 2 heads of 16, of 10 + 20 / 2 tokens.
-  assert needed["bytes"] == 4 * (weights + 3 * 20 * 2 * 2 * 2 * 16)
+  assert needed["cache_bytes"] == 4 * 3 * 20 * 2 * 2 * 2 * 16
   assert needed["flops"] == 2 * 3 * weights + 4 * 3 * 2 * 64 * 20
+
+
+@pytest.mark.parametrize("num_experts", [0, 4])
+def test_products_are_those_that_a_token_needs(num_experts):
+  config = dataclasses.replace(
+    model_config.make_config("tiny", vocab_size=100),
+    num_experts=num_experts,
+    experts_per_token=num_experts // 2,
+  )
+  params = transformer.init_params(config, jax.random.key(0))
+  products, arguments = benchmark_sampling._products(
+    config, transformer.unstack(config, params), 8
+  )
+  needed = benchmark_sampling.needed_work(config, 8, 0, 0)["flops"]
+  # It counts all experts: half are picked, in 2 layers of 3 matrices each.
+  needed -= 2 * 8 * 2 * 3 * 64 * 176 * num_experts // 2
+  counted = products.lower(*arguments).cost_analysis()["flops"]
+  assert counted == pytest.approx(needed, rel=1e-4)
 
 
 def test_the_command_times_sampling(tmp_path):
@@ -119,4 +140,7 @@ def test_the_command_times_sampling(tmp_path):
   variants = json.loads(output.read_text())["variants"]
   assert variants.keys() == {"2", "8"}
   for row in variants.values():
-    assert row["share_of_limit"] > 0 and row["tokens_per_second"] > 0
+    assert row["tokens_per_second"] > 0
+    assert all(share > 0 for share in row["share_of_limit"].values())
+    # Of its own products, so few rows cannot be above the large ones' rate.
+    assert row["share_of_limit"]["products"] > row["share_of_limit"]["matmul"]

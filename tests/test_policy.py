@@ -154,8 +154,6 @@ def test_a_policy_is_computed_in_the_dtype_asked_for(folder):
   policy = policy_lib.Policy(folder, dtype="bfloat16")
   prompts = tokenize.encode_prompts(policy.tokenizer, PROMPTS)
   found = policy.sample(prompts, decode.Settings(4), seed=0)
-  dtypes = {
-    x.dtype for x in jax.tree.leaves(policy._sampler._params["block_0"])
-  }
+  dtypes = {x.dtype for x in jax.tree.leaves(policy._sampler.params["block_0"])}
   assert dtypes == {jax.numpy.dtype("bfloat16"), jax.numpy.dtype("float32")}
   assert all(np.isfinite(sample.logps).all() for (sample,) in found)

@@ -429,6 +429,16 @@ def make_cache(prompt: Params, num_rows: int, length: int) -> Params:
   return jax.tree.map(room, prompt)
 
 
+def grow_cache(cache: Params, length: int) -> Params:
+  """Returns the cache with room for `length` tokens of each row."""
+
+  def grow(x):
+    more = ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0))
+    return sharding.constrain(jnp.pad(x, more), "rows", "heads", None, None)
+
+  return jax.tree.map(grow, cache)
+
+
 def _variables(params: Params) -> dict[str, Params]:
   """Returns the collections of the decoder: the weights, and the adapters."""
   weights = {name: x for name, x in params.items() if name != "lora"}

@@ -23,6 +23,12 @@ from dpo_jax.types import Params
 # are ever compiled.
 MIN_PROMPT_LENGTH = 16
 
+# A cache is doubled when it is full, up to so many lengths.
+MIN_ROOM, MAX_ROOMS = 64, 3
+
+# Tokens of the vocabulary whose probabilities are summed first.
+BLOCK = 256
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -69,12 +75,17 @@ class Sample:
 
 
 class Sampler:
-  """A model's weights, laid out to sample from."""
+  """A model's weights, laid out to sample from.
+
+  Attributes:
+    config: the model.
+    params: its weights in `config.dtype`, as `transformer.unstack` copies them.
+  """
 
   def __init__(self, config: ModelConfig, params: Params):
-    """Copies the weights in `config.dtype`, as `transformer.unstack` does."""
+    """Copies the weights."""
     self.config = config
-    self._params = _unstack(config, params)
+    self.params = _unstack(config, params)
 
   def sample(
     self,
@@ -125,16 +136,17 @@ class Sampler:
           lengths[row], numbers[row] = len(prompts[place]), indices[place]
         drawn = _sample_rows(
           self.config,
-          self._params,
+          self.params,
           *(tokens, lengths, numbers),
           jax.random.key(seed),
-          np.float32(settings.temperature),
-          np.float32(settings.top_p),
+          *(
+            None if value == 1 else np.float32(value)
+            for value in (settings.temperature, settings.top_p)
+          ),
           np.int32(eos_id),
           max_new_tokens=settings.max_new_tokens,
           samples_per_prompt=samples_per_prompt,
           top_k=min(settings.top_k, self.config.vocab_size),
-          has_top_p=settings.top_p < 1,
           is_greedy=settings.temperature == 0,
         )
         samples = _to_samples(*jax.device_get(drawn), samples_per_prompt)
@@ -201,7 +213,6 @@ def _to_samples(
     "max_new_tokens",
     "samples_per_prompt",
     "top_k",
-    "has_top_p",
     "is_greedy",
   ),
 )
@@ -212,14 +223,13 @@ def _sample_rows(
   lengths: jax.Array,  # i32[P]  of the prompts; 0 is an unused row
   indices: jax.Array,  # i32[P]  what the prompt's key is made of
   rng: jax.Array,
-  temperature: jax.Array,
-  top_p: jax.Array,
+  temperature: jax.Array | None,  # None: 1
+  top_p: jax.Array | None,  # None: 1
   eos_id: jax.Array,
   *,
   max_new_tokens: int,
   samples_per_prompt: int,
   top_k: int,
-  has_top_p: bool,
   is_greedy: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Returns tokens i32[R,U], logps f32[R,U] and lengths i32[R] of responses.
@@ -242,18 +252,22 @@ def _sample_rows(
       chosen = jnp.argmax(logits, axis=-1)
     else:
       step_keys = jax.vmap(fold_in, (0, None))(keys, step)
-      allowed = _allowed(logits / temperature, top_k, top_p, has_top_p)
+      # As they are, the sums of `_choose` are those of the log-probability:
+      # XLA computes them once.
+      scaled = logits if temperature is None else logits / temperature
+      allowed = _allowed(scaled, top_k, top_p)
       chosen = _choose(jax.vmap(jax.random.uniform)(step_keys), allowed)
     chosen = jnp.where(ended, eos_id, chosen).astype(jnp.int32)
     of_chosen = jnp.take_along_axis(logits, chosen[:, None], axis=1)[:, 0]
-    of_chosen -= jax.nn.logsumexp(logits, axis=-1)
+    highest, sums = _block_sums(logits)
+    of_chosen -= highest + jnp.log(sums.sum(axis=-1))
     tokens = tokens.at[:, step].set(chosen)
     logps = logps.at[:, step].set(jnp.where(ended, 0.0, of_chosen))
     return tokens, logps, ended | (chosen == eos_id)
 
-  def unfinished(carry):
+  def unfinished(room, carry):
     step, _, _, _, ended = carry
-    return (step < max_new_tokens) & ~jnp.all(ended)
+    return (step <= room) & ~jnp.all(ended)
 
   def extend(carry):
     step, cache, tokens, logps, ended = carry
@@ -291,10 +305,14 @@ def _sample_rows(
     jnp.zeros(shape, jnp.float32),
     first_positions[:, 0] == 0,
   )
-  # The last token is never read.
-  cache = transformer.make_cache(prompt, num_rows, max(max_new_tokens - 1, 1))
+  cache = transformer.make_cache(prompt, num_rows, 0)
   carry = (jnp.int32(1), cache, *drawn)
-  _, _, tokens, logps, _ = jax.lax.while_loop(unfinished, extend, carry)
+  for room in _rooms(max_new_tokens - 1):  # The last token is never read.
+    step, cache, *drawn = carry
+    carry = (step, transformer.grow_cache(cache, room), *drawn)
+    is_unfinished = functools.partial(unfinished, room)
+    carry = jax.lax.while_loop(is_unfinished, extend, carry)
+  _, _, tokens, logps, _ = carry
   is_eos = tokens == eos_id
   ends = jnp.where(is_eos.any(1), is_eos.argmax(1) + 1, max_new_tokens)
   # Every process reads all responses.
@@ -302,14 +320,25 @@ def _sample_rows(
   return whole(tokens), whole(logps), whole(ends)
 
 
+def _rooms(length: int) -> list[int]:
+  """Returns how long a cache is at first, and then, for `length` tokens.
+
+  All of it is read at every token; each length is a loop to compile.
+  """
+  rooms = [length] if length else []
+  while rooms and rooms[0] > MIN_ROOM and len(rooms) < MAX_ROOMS:
+    rooms.insert(0, -(-rooms[0] // 2))
+  return rooms
+
+
 def _allowed(
-  logits: jax.Array, top_k: int, top_p: jax.Array, has_top_p: bool
+  logits: jax.Array, top_k: int, top_p: jax.Array | None
 ) -> jax.Array:
   """Returns logits f32[R,V], -inf for what is left out."""
   if top_k:
     lowest = jax.lax.top_k(logits, top_k)[0][:, -1:]
     logits = jnp.where(logits < lowest, -jnp.inf, logits)
-  if has_top_p:
+  if top_p is not None:
     ordered = jnp.sort(logits, axis=-1, descending=True)
     shares = jax.nn.softmax(ordered)
     # What the more likely tokens hold without this one.
@@ -319,6 +348,23 @@ def _allowed(
   return logits
 
 
+def _block_sums(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns a row's highest logit f32[R], and sums of exp(logit - highest).
+
+  The sums are f32[R,n], over `BLOCK` tokens each, the last over the rest.
+  Nothing as large as the logits is written.
+  """
+  num_rows, vocab = logits.shape
+  whole = vocab - vocab % BLOCK
+  highest = logits.max(axis=-1)
+  add = lambda x: jnp.exp(x - highest[:, None, None]).sum(axis=-1)
+  blocks = add(logits[:, :whole].reshape(num_rows, -1, BLOCK))
+  rest = add(logits[:, None, whole:])
+  sums = jnp.concatenate([blocks, rest], axis=1)
+  # Or else XLA makes a sum of these another one of all that is in them.
+  return highest, jax.lax.optimization_barrier(sums)
+
+
 def _choose(uniform: jax.Array, logits: jax.Array) -> jax.Array:
   """Returns the token i32[R] at which the distribution passes f32[R] of [0,1).
 
@@ -326,16 +372,14 @@ def _choose(uniform: jax.Array, logits: jax.Array) -> jax.Array:
   that makes the logits. The cumulative sum is taken over blocks of tokens,
   then within one of them.
   """
-  num_rows, vocab = logits.shape
-  block = math.isqrt(vocab - 1) + 1
-  weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
-  weights = jnp.pad(weights, ((0, 0), (0, -vocab % block)))
-  weights = weights.reshape(num_rows, -1, block)
-  sums = weights.sum(axis=-1)
+  highest, sums = _block_sums(logits)
   place, rest = _passes(sums, uniform * sums.sum(axis=-1))
-  rows = jnp.arange(num_rows)
-  within, _ = _passes(weights[rows, place], rest)
-  return place * block + within
+  tokens = place[:, None] * BLOCK + jnp.arange(BLOCK)[None]
+  near = jnp.take_along_axis(
+    logits, tokens, axis=1, mode="fill", fill_value=-jnp.inf
+  )
+  within, _ = _passes(jnp.exp(near - highest[:, None]), rest)
+  return place * BLOCK + within
 
 
 def _passes(

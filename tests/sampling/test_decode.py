@@ -215,10 +215,7 @@ def test_top_k_and_top_p_leave_the_likeliest(settings, kept):
   # By hand: of the first three tokens, the first two hold 0.8 / 0.95.
   logits = jnp.log(jnp.array([[0.05, 0.5, 0.15, 0.3, 1e-6]]))
   allowed = decode._allowed(
-    logits,
-    min(settings.get("top_k", 0), 5),
-    jnp.float32(settings.get("top_p", 1.0)),
-    "top_p" in settings,
+    logits, min(settings.get("top_k", 0), 5), settings.get("top_p")
   )
   likeliest = [1, 3, 2, 0, 4][:kept]
   assert set(np.flatnonzero(np.isfinite(allowed[0]))) == set(likeliest)
@@ -227,14 +224,17 @@ def test_top_k_and_top_p_leave_the_likeliest(settings, kept):
   )
 
 
-def test_what_has_no_weight_is_never_drawn_and_the_rest_by_its_share():
-  logits = np.full(300, -np.inf, np.float32)
-  logits[[7, 123, 299]] = np.log([0.2, 0.5, 0.3])
+# Within one block of tokens, whole blocks, and a rest.
+@pytest.mark.parametrize("vocab", [200, 512, 700])
+def test_what_has_no_weight_is_never_drawn_and_the_rest_by_its_share(vocab):
+  likely = [7, vocab // 2, vocab - 1]
+  logits = np.full(vocab, -np.inf, np.float32)
+  logits[likely] = np.log([0.2, 0.5, 0.3])
   uniform = np.linspace(0, 1, 10_001, dtype=np.float32)
   uniform[-1] = np.nextafter(np.float32(1), np.float32(0))
   drawn = decode._choose(uniform, jnp.tile(logits, (len(uniform), 1)))
   tokens, counts = np.unique(drawn, return_counts=True)
-  assert tokens.tolist() == [7, 123, 299]
+  assert tokens.tolist() == likely
   np.testing.assert_allclose(counts / len(drawn), [0.2, 0.5, 0.3], atol=2e-4)
 
 
@@ -245,10 +245,29 @@ def test_top_k_of_one_is_greedy():
 
 
 def test_prompts_of_other_lengths_compile_nothing_new():
-  _sample([[2, 3, 4]], temperature=1.0)
+  _sample([[2, 3, 4]], temperature=0.9)
   before = decode._sample_rows._cache_size()
   _sample([[2], [3, 4, 5, 6] * 4], temperature=0.7, seed=5)
   assert decode._sample_rows._cache_size() == before
+
+
+@pytest.mark.parametrize("name", ["llama", "sliding"])
+def test_a_cache_that_grows_changes_nothing(name, monkeypatch):
+  found = []
+  for room in (1, 64):
+    monkeypatch.setattr(decode, "MIN_ROOM", room)
+    decode._sample_rows.clear_cache()
+    found.append(_sample(PROMPTS, name=name, new=12, temperature=0.7))
+  assert max(len(tokens) for [tokens] in _tokens(found[0])) == 12
+  assert _tokens(found[0]) == _tokens(found[1])
+  for [grown], [whole] in zip(*found):
+    np.testing.assert_allclose(grown.logps, whole.logps, atol=1e-5)
+
+
+def test_a_cache_is_doubled_when_it_is_full():
+  assert [decode._rooms(n) for n in (0, 1, 64)] == [[], [1], [64]]
+  assert decode._rooms(127) == [64, 127]
+  assert decode._rooms(511) == [128, 256, 511]
 
 
 def test_each_batch_is_told_once():
