@@ -146,9 +146,10 @@ def write_samples(
   """Samples a model into a file of JSON lines, in the order of the prompts.
 
   A line has `index` (of the prompt), `sample`, `prompt`, `response`,
-  `temperature`, `num_tokens`, `ended` (whether EOS was reached) and `logp` (of
-  the response under the model itself, nats). What is done stands in
-  `output`.part, from which the same call goes on, to the same samples.
+  `temperature`, `step` (where it is given), `num_tokens`, `ended` (whether EOS
+  was reached) and `logp` (of the response under the model itself, nats). What
+  is done stands in `output`.part, from which the same call goes on, to the same
+  samples.
 
   Args:
     path: run folder, Hugging Face folder or hub name.
@@ -186,6 +187,9 @@ def write_samples(
   tokens = tokenize.encode_prompts(policy.tokenizer, list(prompts))
   num_long = sum(len(prompt) > max_prompt_length for prompt in tokens)
   show(f"{len(prompts):,} prompts, {num_long:,} of them truncated")
+  shown = {"temperature": settings.temperature}
+  if step is not None:
+    shown["step"] = step
   left = [index for index in range(len(prompts)) if index not in done]
   is_first = jax.process_index() == 0
   target.parent.mkdir(parents=True, exist_ok=True)
@@ -204,7 +208,7 @@ def write_samples(
         done[index] = [
           {"index": index, "sample": number, "prompt": prompts[index]} | line
           for number, line in enumerate(
-            _lines(policy, tokens[index], samples, settings.temperature)
+            _lines(policy, tokens[index], samples, shown)
           )
         ]
         file.write(json.dumps({"index": index, "lines": done[index]}) + "\n")
@@ -229,12 +233,12 @@ def write_samples(
     part.unlink()
 
 
-def _lines(policy, prompt, samples, temperature):
+def _lines(policy, prompt, samples, shown):
   """Returns what the file says of the samples of a prompt."""
   return [
-    {
-      "response": text,
-      "temperature": temperature,
+    {"response": text}
+    | shown
+    | {
       "num_tokens": len(sample.tokens),
       "ended": sample.tokens[-1] == policy.tokenizer.eos_token_id,
       "logp": float(sample.logps.sum(dtype=np.float64)),

@@ -1,8 +1,9 @@
 """How often a judge prefers a policy's responses to a baseline's.
 
 Rafailov et al. 2023 (arXiv 2305.18290), figures 2 right and 3: one number a
-method and sampling temperature. A tie is half a win. Several comparisons of
-one prompt are averaged first, and intervals are over prompts.
+method, sampling temperature and, over training, step. A tie is half a win.
+Several comparisons of one prompt are averaged first, and intervals are over
+prompts.
 """
 
 import collections
@@ -30,6 +31,7 @@ class Response:
     text: the response.
     method: what produced it.
     temperature: that it was sampled at; None if its row does not say.
+    step: of the run that produced it; None if its row does not say.
   """
 
   where: str
@@ -37,6 +39,12 @@ class Response:
   text: str
   method: str
   temperature: float | None
+  step: int | None = None
+
+  @property
+  def cell(self) -> tuple[str, float | None, int | None]:
+    """Method, temperature and step, of which one number is given."""
+    return self.method, self.temperature, self.step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,19 +54,15 @@ class Match:
   policy: Response
   baseline: Response
 
-  @property
-  def cell(self) -> tuple[str, float | None]:
-    """Method and temperature, of which one number is given."""
-    return self.policy.method, self.policy.temperature
-
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-  """What came of a method at a temperature; None where nothing was parsed.
+  """What came of responses of one kind; None where nothing was parsed.
 
   Attributes:
     method: its name.
     temperature: None where rows did not say.
+    step: the same.
     num_prompts: distinct ones with a comparison that could be parsed.
     num_comparisons: all of them.
     wins, ties, losses, unparsed: they add up to that.
@@ -70,6 +74,7 @@ class Cell:
 
   method: str
   temperature: float | None
+  step: int | None
   num_prompts: int
   num_comparisons: int
   wins: int
@@ -118,7 +123,8 @@ def read_responses(spec: str) -> list[Response]:
         " column"
       )
     prompt, text = _as_text(example["prompt"]), _as_text(example["response"])
-    kept.append(Response(where, prompt, text, method, _temperature(row, where)))
+    cell = method, _temperature(row, where), _step(row, where)
+    kept.append(Response(where, prompt, text, *cell))
   notes = "".join(f"; {n} dropped: {why}" for why, n in dropped.items())
   if not kept:
     raise ValueError(f"{path!r}: no row is kept{notes}")
@@ -131,9 +137,9 @@ def match(
 ) -> list[Match]:
   """Returns what is to be compared, in the policy's order.
 
-  The k-th response of a method and temperature to a prompt is compared with
-  the baseline's k-th to it, which begins anew after its last. The baseline's
-  methods and temperatures are not looked at.
+  The k-th response of a method, temperature and step to a prompt is compared
+  with the baseline's k-th to it, which begins anew after its last. Of the
+  baseline these are not looked at.
 
   Raises:
     ValueError: a prompt to which the baseline has no response.
@@ -150,7 +156,7 @@ def match(
         f" {response.prompt[:60]!r}; allowed: the baseline's prompts, letter"
         " by letter"
       )
-    key = (response.method, response.temperature, response.prompt)
+    key = (response.cell, response.prompt)
     matches.append(Match(response, against[seen[key] % len(against)]))
     seen[key] += 1
   return matches
@@ -170,7 +176,7 @@ def compare(
 def summarise(
   matches: Sequence[Match], decisions: Sequence[Decision], *, seed: int
 ) -> list[Cell]:
-  """Returns the cells by method as they came, then by temperature.
+  """Returns the cells by method as they came, by temperature, and by step.
 
   Args:
     matches: at least one.
@@ -179,16 +185,18 @@ def summarise(
   """
   groups = collections.defaultdict(list)
   for one, decision in zip(matches, decisions, strict=True):
-    groups[one.cell].append((one.policy.prompt, decision))
-  methods = list(dict.fromkeys(method for method, _ in groups))
-  place = lambda cell: (methods.index(cell[0]), cell[1] is None, cell[1] or 0)
-  cells = sorted(groups, key=place)
+    groups[one.policy.cell].append((one.policy.prompt, decision))
+  methods = list(dict.fromkeys(method for method, *_ in groups))
+  place = lambda x: (x is None, x or 0)
+  order = lambda cell: (methods.index(cell[0]), *map(place, cell[1:]))
+  cells = sorted(groups, key=order)
   return [_cell(*cell, groups[cell], seed) for cell in cells]
 
 
 def _cell(
   method: str,
   temperature: float | None,
+  step: int | None,
   group: list[tuple[str, Decision]],
   seed: int,
 ) -> Cell:
@@ -205,6 +213,7 @@ def _cell(
   return Cell(
     method=method,
     temperature=temperature,
+    step=step,
     num_prompts=len(set(prompts)),
     num_comparisons=len(group),
     wins=counts[judges.FIRST],
@@ -237,3 +246,13 @@ def _temperature(row: dict[str, Any], where: str) -> float | None:
       " least 0, or no such column"
     )
   return float(value)
+
+
+def _step(row: dict[str, Any], where: str) -> int | None:
+  value = row.get("step")
+  if value is not None and (type(value) is not int or value < 0):
+    raise ValueError(
+      f"{where}: column 'step' is {value!r}; allowed: a whole number of at"
+      " least 0, or no such column"
+    )
+  return value

@@ -1,5 +1,6 @@
 """Win rates as a table, a record and a figure."""
 
+import collections
 import dataclasses
 import json
 import pathlib
@@ -81,12 +82,14 @@ def write(
 def table(cells: Sequence[Cell]) -> str:
   """Returns the cells as a Markdown table; a dash stands for what is not."""
   lines = [
-    "| method | temperature | prompts | comparisons | wins | ties | losses"
-    " | unparsed | win rate | 95% interval | shown first | consistent |",
-    "|---|" + "---:|" * 11,
+    "| method | temperature | step | prompts | comparisons | wins | ties"
+    " | losses | unparsed | win rate | 95% interval | shown first"
+    " | consistent |",
+    "|---|" + "---:|" * 12,
   ]
   for x in cells:
     values = [x.method, "-" if x.temperature is None else f"{x.temperature:g}"]
+    values += ["-" if x.step is None else x.step]
     values += [x.num_prompts, x.num_comparisons, x.wins, x.ties, x.losses]
     values += [x.unparsed, number(x.win_rate), interval(x.low, x.high)]
     values += [number(x.first_share), number(x.consistency)]
@@ -107,28 +110,36 @@ def interval(low: float | None, high: float | None) -> str:
 def draw(ax: axes.Axes, cells: Sequence[Cell]) -> None:
   """Draws win rate against temperature, a line a method.
 
-  A method whose rows say no temperature is a dashed line across.
+  Where rows say steps, against these, a line a method and temperature. What
+  has neither is a dashed line across.
   """
   ax.axhline(0.5, color="0.6", linewidth=1, zorder=0)
-  for place, method in enumerate(dict.fromkeys(x.method for x in cells)):
+  over = "temperature" if all(x.step is None for x in cells) else "step"
+  lines = collections.defaultdict(list)
+  for cell in cells:
+    name = cell.method
+    if over == "step" and cell.temperature is not None:
+      name += f", temperature {cell.temperature:g}"
+    lines[name].append(cell)
+  for place, (name, line) in enumerate(lines.items()):
     color = frontier.COLORS[place % len(frontier.COLORS)]
     marker = frontier.MARKERS[place % len(frontier.MARKERS)]
-    found = [x for x in cells if x.method == method and x.win_rate is not None]
+    found = [x for x in line if x.win_rate is not None]
     for x in found:
-      if x.temperature is None:
-        line = {"color": color, "linestyle": "--", "label": method}
-        ax.axhline(x.win_rate, linewidth=1.2, **line)
+      if getattr(x, over) is None:
+        style = {"color": color, "linestyle": "--", "label": name}
+        ax.axhline(x.win_rate, linewidth=1.2, **style)
         ax.axhspan(x.low, x.high, color=color, alpha=0.12, linewidth=0)
-    found = [x for x in found if x.temperature is not None]
+    found = [x for x in found if getattr(x, over) is not None]
     if found:
       # A bootstrap of skewed values may leave their mean outside by rounding.
       below = [max(x.win_rate - x.low, 0) for x in found]
       above = [max(x.high - x.win_rate, 0) for x in found]
       ax.errorbar(
-        [x.temperature for x in found],
+        [getattr(x, over) for x in found],
         [x.win_rate for x in found],
         yerr=[below, above],
-        label=method,
+        label=name,
         color=color,
         marker=marker,
         markersize=5,
@@ -136,7 +147,8 @@ def draw(ax: axes.Axes, cells: Sequence[Cell]) -> None:
         capsize=2,
       )
   ax.set_ylim(0, 1)
-  ax.set_xlabel("sampling temperature")
+  names = {"temperature": "sampling temperature", "step": "updates"}
+  ax.set_xlabel(names[over])
   ax.set_ylabel("win rate against the baseline")
   ax.spines[["top", "right"]].set_visible(False)
   ax.grid(color="0.92", linewidth=0.8)
@@ -150,6 +162,7 @@ def _record(one: Match, decision: judges.Decision) -> dict[str, Any]:
   return {
     "method": one.policy.method,
     "temperature": one.policy.temperature,
+    "step": one.policy.step,
     "prompt": one.policy.prompt,
     "policy": one.policy.text,
     "baseline": one.baseline.text,

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+from matplotlib import figure
 
 from dpo_jax.evaluation import intervals, judges, win_rate, win_rate_report
 from dpo_jax.evaluation.judges import Judge, Verdict
@@ -106,14 +107,48 @@ def test_cells_are_methods_as_they_came_at_rising_temperatures(tmp_path):
     _row("a", "good", 0.7, method="dpo"),
     _row("a", "good", 0, method="dpo"),
     _row("b", "good", 0, method="dpo"),
+    _row("b", "good", 0.7, method="dpo", step=20),
+    _row("b", "fine", 0.7, method="dpo", step=0),
   ]
   found = _cells(tmp_path, policy, BASELINE)
-  assert [(x.method, x.temperature, x.num_comparisons) for x in found] == [
-    ("sft", 1.0, 1),
-    ("dpo", 0.0, 2),
-    ("dpo", 0.7, 1),
-    ("dpo", None, 1),
+  assert [
+    (x.method, x.temperature, x.step, x.num_comparisons, x.win_rate)
+    for x in found
+  ] == [
+    ("sft", 1.0, None, 1, 1.0),
+    ("dpo", 0.0, None, 2, 1.0),
+    ("dpo", 0.7, 0, 1, 0.5),
+    ("dpo", 0.7, 20, 1, 1.0),
+    ("dpo", 0.7, None, 1, 1.0),
+    ("dpo", None, None, 1, 1.0),
   ]
+
+
+@pytest.mark.parametrize(
+  ("steps", "label", "lines"),
+  [
+    ((None, None), "sampling temperature", {"dpo", "people"}),
+    (
+      (0, 20),
+      "updates",
+      {"dpo, temperature 0.7", "dpo, temperature 1", "people"},
+    ),
+  ],
+)
+def test_the_figure_is_over_steps_where_there_are_any(
+  tmp_path, steps, label, lines
+):
+  policy = [
+    _row(x, "good", t, method="dpo", step=step)
+    for x in "ab"
+    for t in (0.7, 1.0)
+    for step in steps
+  ]
+  policy.append(_row("a", "good", method="people"))
+  ax = figure.Figure().subplots()
+  win_rate_report.draw(ax, _cells(tmp_path, policy, BASELINE))
+  assert ax.get_xlabel() == label
+  assert set(ax.get_legend_handles_labels()[1]) == lines
 
 
 def test_the_kth_response_meets_the_baselines_kth(tmp_path):
@@ -173,6 +208,8 @@ def test_the_chosen_response_of_a_pair_counts(tmp_path, capsys):
     (_row([], "x"), r"line 2: column 'prompt' is a list \(\[\]\)"),
     (_row("a", "x", -1), "line 2: column 'temperature' is -1; allowed: a numb"),
     (_row("a", "x", True), "line 2: column 'temperature' is True"),
+    (_row("a", "x", step=-1), "line 2: column 'step' is -1; allowed: a whole"),
+    (_row("a", "x", step=1.0), "line 2: column 'step' is 1.0"),
     (_row("a", "x", method=3), "line 2: column 'method' is 3; allowed: a name"),
   ],
 )
@@ -210,8 +247,8 @@ def test_the_files_hold_what_was_found(tmp_path):
   assert (tmp_path / "out" / "win_rate.md").read_text() == table + "\n"
   lines = table.splitlines()
   assert len({line.count("|") for line in lines}) == 1 and len(lines) == 6
-  assert lines[2].startswith("| dpo | 0 | 3 | 3 | 3 | 0 | 0 | 0 | 1.0000 |")
-  assert lines[4].startswith("| dpo | 1 | 0 | 1 | 0 | 0 | 0 | 1 | - | - |")
+  assert lines[2].startswith("| dpo | 0 | - | 3 | 3 | 3 | 0 | 0 | 0 | 1.0000 |")
+  assert lines[4].startswith("| dpo | 1 | - | 0 | 1 | 0 | 0 | 0 | 1 | - | - |")
   record = json.loads((tmp_path / "out" / "win_rate.json").read_text())
   assert record["usage"] == {"cost": 1.5} and record["judge"] == "words"
   assert record["num_baseline_prompts"] == 5
