@@ -1,4 +1,4 @@
-"""Whole experiments, stage by stage; a stage whose output is there is skipped.
+"""The paper's first experiment in miniature: minutes on a laptop CPU.
 
 Controlled sentiment (Rafailov et al. 2023, arXiv 2305.18290, sec 6.1): train a
 language model with `sft`, sample it, pair and label the samples by a known
@@ -12,9 +12,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dpo_jax import policy as policy_lib
-from dpo_jax import trainer
 from dpo_jax.evaluation import frontier
-from dpo_jax.pipelines import measure
+from dpo_jax.pipelines import measure, stages
 from dpo_jax.policy import Policy
 from dpo_jax.rewards import registry
 
@@ -36,30 +35,36 @@ def run(workdir: str, make_config: Callable[[str], ConfigDict]) -> bool:
     make_config: returns the config of a stage, given the name of its loss.
   """
   folder = pathlib.Path(workdir)
-  sft = str(folder / "sft")
-  print("== sft: a language model of the reviews", flush=True)
-  if not trainer.train(make_config("sft"), sft):
-    return False
-  pairs = folder / "pairs.jsonl"
-  if not pairs.exists():
-    print("== samples, paired and labelled by the true reward", flush=True)
-    _write_pairs(Policy(sft), pairs)
+  sft, pairs = folder / "sft", folder / "pairs.jsonl"
   runs = {"SFT": sft}
+  methods = []
   for beta in BETAS:
     config = make_config("dpo")
     config.loss.beta = beta
-    config.model.preset, config.model.path = "", sft
+    config.model.preset, config.model.path = "", str(sft)
     config.data.source, config.data.path = "jsonl", str(pairs)
     config.data.eval_path = ""
     label = f"DPO, beta {beta:g}"
-    runs[label] = str(folder / f"dpo_beta_{beta:g}")
-    print(f"== {label}", flush=True)
-    if not trainer.train(config, runs[label]):
-      return False
-  print("== evaluation: reward and KL on held-out prefixes", flush=True)
-  print(_evaluate(folder, runs), flush=True)
-  print(f"figure: {folder / 'frontier.png'}", flush=True)
-  return True
+    runs[label] = folder / f"dpo_beta_{beta:g}"
+    methods.append(stages.training(label, config, runs[label]))
+  return stages.run_all(
+    folder,
+    [
+      stages.training(
+        "sft: a language model of the reviews", make_config("sft"), sft
+      ),
+      stages.writing(
+        "samples, paired and labelled by the true reward",
+        pairs,
+        lambda path: _write_pairs(Policy(str(sft)), path),
+      ),
+      *methods,
+      stages.Stage(
+        "evaluation: reward and KL on held-out prefixes",
+        lambda: _evaluate(folder, runs),
+      ),
+    ],
+  )
 
 
 def _prefixes(split: str, count: int) -> list[str]:
@@ -87,16 +92,18 @@ def _write_pairs(policy: Policy, path: pathlib.Path) -> None:
   print(f"{num_ties} pairs of equal reward are left out", flush=True)
 
 
-def _evaluate(folder: pathlib.Path, runs: dict[str, str]) -> str:
-  """Returns the table of reward and KL, and writes it and the figure."""
-  reference = Policy(runs["SFT"])
+def _evaluate(folder: pathlib.Path, runs: dict[str, pathlib.Path]) -> bool:
+  """Writes and prints reward and KL of each run, and draws them."""
+  reference = Policy(str(runs["SFT"]))
   prompts = _prompts(reference, _prefixes("test", TEST_PREFIXES))
   points = [
-    prompts.point(label, Policy(run), TEST_SAMPLES, seed=2)
+    prompts.point(label, Policy(str(run)), TEST_SAMPLES, seed=2)
     for label, run in runs.items()
   ]
   samples = prompts.sample(reference, FRONTIER_SAMPLES, seed=3)
   limit = frontier.optimal_frontier(
     prompts.scores(reference, samples), np.geomspace(0.01, 100, 200)
   )
-  return frontier.write(folder, points, limit, reward_name="mean true reward")
+  table = frontier.write(folder, points, limit, reward_name="mean true reward")
+  print(f"{table}\nfigure: {folder / 'frontier.png'}", flush=True)
+  return True

@@ -19,7 +19,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dpo_jax import policy as policy_lib
-from dpo_jax import trainer
 from dpo_jax.checkpoints import manager
 from dpo_jax.evaluation import frontier, matched_kl
 from dpo_jax.pipelines import measure, stages
@@ -83,36 +82,21 @@ def run(
     ValueError: a file that is not there, or a config that is not right.
   """
   files = {name: stages.find_file(data, name) for name in FILES}
-  experiment = _Experiment(
-    pathlib.Path(workdir), files, make_config, plan, model
-  )
-  return stages.run_all(
-    pathlib.Path(workdir),
-    [
-      ("tokenizer", experiment.train_tokenizer),
-      ("classifier: the true reward", experiment.train_classifier),
-      ("sft: a language model of reviews", experiment.train_sft),
-      ("samples", experiment.write_samples),
-      ("pairs, labelled by the true reward", experiment.write_pairs),
-      ("reward model of the pairs", experiment.train_reward_model),
-      *experiment.methods(),
-      ("evaluation", experiment.evaluate),
-      ("figure and report", experiment.report),
-    ],
-  )
+  folder = pathlib.Path(workdir)
+  experiment = _Experiment(folder, files, make_config, plan, model)
+  return stages.run_all(folder, experiment.all_stages())
 
 
 class _Experiment:
-  """The stages; each returns whether it came to its end."""
+  """What the stages read and write."""
 
   def __init__(self, folder, files, make_config, plan, model):
     self._folder, self._files, self._plan = folder, files, plan
     self._make_config = make_config
-    sft = make_config("sft")
-    self._model = model or sft.model.path
+    self._model = model or make_config("sft").model.path
     self._tokenizer = self._model or str(folder / "tokenizer")
     self._runs = {
-      name: str(folder / name) for name in ("classifier", "sft", "reward_model")
+      name: folder / name for name in ("classifier", "sft", "reward_model")
     }
     self._samples = folder / "samples.jsonl"
     self._pairs = folder / "pairs.jsonl"
@@ -120,46 +104,94 @@ class _Experiment:
     self._points = folder / "points.jsonl"
     self._frontier_samples = folder / "frontier_samples.npz"
 
-  def train_tokenizer(self) -> bool:
-    path = pathlib.Path(self._tokenizer)
-    if not self._model and not path.exists():
-      text, vocab_size = self._files["unsup"], self._plan.vocab_size
-      stages.write_tokenizer(path, "imdb", text, vocab_size)
-    return True
+  def all_stages(self) -> list[stages.Stage]:
+    """Returns all of the experiment, in order."""
+    tokenizer = pathlib.Path(self._tokenizer)
+    first = stages.writing("tokenizer", tokenizer, self._write_tokenizer)
+    train = lambda name, title: stages.training(
+      title, self._config(name), self._runs[name]
+    )
+    return [
+      *([] if self._model else [first]),
+      train("classifier", "classifier: the true reward"),
+      train("sft", "sft: a language model of reviews"),
+      stages.writing("samples", self._samples, self._write_samples),
+      stages.writing(
+        "pairs, labelled by the true reward", self._pairs, self._write_pairs
+      ),
+      train("reward_model", "reward model of the pairs"),
+      stages.writing(
+        "samples for Best-of-N and the limit",
+        self._frontier_samples,
+        self._write_frontier_samples,
+      ),
+      *map(self._method, self._plan.grid),
+      stages.Stage("figure and report", self._report),
+    ]
 
-  def train_classifier(self) -> bool:
-    config = self._make_config("classifier")
-    config.model.tokenizer = self._tokenizer
-    config.data.path = self._files["train"]
-    config.data.eval_path = self._files["test"]
-    return self._train(config, self._runs["classifier"])
-
-  def train_sft(self) -> bool:
-    config = self._make_config("sft")
-    config.data.path = self._files["unsup"]
-    if self._model:
-      config.model.path, config.model.preset = self._model, ""
-    else:
+  def _config(self, name: str) -> ConfigDict:
+    """Returns the config of what comes before the methods."""
+    config = self._make_config(name)
+    config.data.cache_dir = str(self._folder / "cache")
+    if name == "classifier":
       config.model.tokenizer = self._tokenizer
-    return self._train(config, self._runs["sft"])
+      config.data.path = self._files["train"]
+      config.data.eval_path = self._files["test"]
+    elif name == "sft":
+      config.data.path = self._files["unsup"]
+      if self._model:
+        config.model.path, config.model.preset = self._model, ""
+      else:
+        config.model.tokenizer = self._tokenizer
+    else:
+      self._set_pairs(config)
+      config.data.eval_path = str(self._held_out)
+    return config
 
-  def write_samples(self) -> bool:
-    if not self._samples.exists():
-      policy_lib.write_samples(
-        self._runs["sft"],
-        self._prefixes("train", self._plan.num_prefixes),
-        decode.Settings(self._plan.max_new_tokens),
-        str(self._samples),
-        seed=1,
-        samples_per_prompt=self._plan.samples_per_prefix,
-        max_prompt_length=self._make_config("sft").data.max_prompt_length,
-        batch_rows=measure.BATCH_ROWS,
-      )
-    return True
+  def _method(self, point) -> stages.Stage:
+    """Returns the stage of a run of the grid and its dots."""
+    label, loss, changes = point
+    config, path = self._make_config(loss), self._path(point)
+    config.data.cache_dir = str(self._folder / "cache")
+    if loss == "ppo":
+      config.data.path = self._files["train"]
+      reward = "classifier" if label == "PPO-GT" else "reward_model"
+      config.ppo.reward = f"run:{self._runs[reward]}"
+      config.model.path, config.model.preset = str(self._runs["sft"]), ""
+    else:
+      self._set_pairs(config)
+    config.update_from_flattened_dict(dict(changes))
+    name = f"{label}, {_changes(changes)}"
+    run = stages.training(name, config, path)
+    return stages.Stage(
+      name,
+      lambda: run.run() and self._measure(label, path),
+      lambda: run.is_done() and not self._unmeasured(path),
+    )
 
-  def write_pairs(self) -> bool:
-    if self._pairs.exists():
-      return True
+  def _set_pairs(self, config):
+    config.model.path, config.model.preset = str(self._runs["sft"]), ""
+    config.data.source, config.data.path = "jsonl", str(self._pairs)
+    # Samples that were cut have no EOS.
+    config.data.max_response_length = self._plan.max_new_tokens
+
+  def _write_tokenizer(self, path):
+    text, vocab_size = self._files["unsup"], self._plan.vocab_size
+    stages.write_tokenizer(path, "imdb", text, vocab_size)
+
+  def _write_samples(self, path):
+    policy_lib.write_samples(
+      str(self._runs["sft"]),
+      self._prefixes("train", self._plan.num_prefixes),
+      decode.Settings(self._plan.max_new_tokens),
+      str(path),
+      seed=1,
+      samples_per_prompt=self._plan.samples_per_prefix,
+      max_prompt_length=self._make_config("sft").data.max_prompt_length,
+      batch_rows=measure.BATCH_ROWS,
+    )
+
+  def _write_pairs(self, path):
     rows = [json.loads(line) for line in self._samples.open()]
     prompts = [row["prompt"] for row in rows]
     responses = [row["response"] for row in rows]
@@ -167,81 +199,70 @@ class _Experiment:
     n = self._plan.samples_per_prefix
     groups = [slice(i, i + n) for i in range(0, len(rows), n)]
     num_held_out = max(round(HELD_OUT_SHARE * len(groups)), 1)
-    for path, part in (
+    for output, part in (
       (self._held_out, groups[:num_held_out]),
-      (self._pairs, groups[num_held_out:]),
+      (path, groups[num_held_out:]),
     ):
       num_ties = measure.write_pairs(
-        path,
+        output,
         [prompts[group.start] for group in part],
         [responses[group] for group in part],
         [rewards[group] for group in part],
       )
-      print(f"{path.name}: {len(part)} prefixes, {num_ties} ties dropped")
+      print(f"{output.name}: {len(part)} prefixes, {num_ties} ties dropped")
+
+  def _write_frontier_samples(self, path):
+    """Samples the reference, of which this measures the dot as well."""
+    reference, prompts = self._reference()
+    if ("sft", 0) not in self._read_points():
+      self._add_point("sft", 0, self._point("SFT", reference, prompts))
+    count = self._plan.frontier_samples
+    samples = prompts.sample(reference, count, seed=3)
+    learned_fn = learned.load(str(self._runs["reward_model"]))
+    part = self._folder / "part.npz"
+    np.savez(
+      part,
+      true=prompts.scores(reference, samples),
+      learned=prompts.scores(reference, samples, learned_fn),
+    )
+    part.replace(path)
+
+  def _unmeasured(self, path) -> list[int]:
+    """Returns the checkpoints of a run that are no dots yet."""
+    done = self._read_points()
+    return [x for x in manager.saved_steps(path) if (path.name, x) not in done]
+
+  def _measure(self, label, path) -> bool:
+    """Adds the dots of a run, and keeps only its last checkpoint."""
+    _, prompts = self._reference()
+    for step in self._unmeasured(path):
+      policy = Policy(str(path), step=step)
+      self._add_point(path.name, step, self._point(label, policy, prompts))
+    for step in manager.saved_steps(path)[:-1]:
+      shutil.rmtree(path / "checkpoints" / str(step))
     return True
 
-  def train_reward_model(self) -> bool:
-    config = self._make_config("reward_model")
-    self._set_pairs(config)
-    config.data.eval_path = str(self._held_out)
-    return self._train(config, self._runs["reward_model"])
-
-  def methods(self) -> list[tuple[str, Callable[[], bool]]]:
-    """Returns a stage for each run of the grid."""
-    return [
-      (f"{label}, {_changes(changes)}", lambda point=point: self._method(point))
-      for point in self._plan.grid
-      for label, _, changes in [point]
-    ]
-
-  def _method(self, point) -> bool:
-    label, loss, changes = point
-    config = self._make_config(loss)
-    if loss == "ppo":
-      config.data.path = self._files["train"]
-      reward = "classifier" if label == "PPO-GT" else "reward_model"
-      config.ppo.reward = f"run:{self._runs[reward]}"
-      config.model.path, config.model.preset = self._runs["sft"], ""
-    else:
-      self._set_pairs(config)
-    config.update_from_flattened_dict(dict(changes))
-    return self._train(config, self._path(point))
-
-  def evaluate(self) -> bool:
-    """Measures what is not yet measured."""
-    reference = Policy(self._runs["sft"])
+  def _reference(self) -> tuple[Policy, measure.Prompts]:
+    """Returns the reference, and what policies are measured on."""
+    reference = Policy(str(self._runs["sft"]))
     prompts = measure.Prompts(
       reference,
       self._prefixes("test", self._plan.num_test_prefixes),
       max_new_tokens=self._plan.max_new_tokens,
       reward_fn=self._true_reward(),
     )
-    done = self._read_points()
+    return reference, prompts
+
+  def _point(self, label, policy, prompts) -> frontier.Point:
+    return prompts.point(label, policy, self._plan.test_samples, seed=2)
+
+  def _add_point(self, run, step, point):
+    record = {"run": run, "step": step} | dataclasses.asdict(point)
     with self._points.open("a") as file:
+      file.write(json.dumps(record) + "\n")
+    print(f"{run} {step}: {frontier.table([point]).splitlines()[1]}")
 
-      def add(run, step, point):
-        record = {"run": run, "step": step} | dataclasses.asdict(point)
-        done[run, step] = point
-        file.write(json.dumps(record) + "\n")
-        file.flush()
-        print(f"{run} {step}: {frontier.table([point]).splitlines()[1]}")
-
-      measured = (prompts, self._plan.test_samples)
-      if ("sft", 0) not in done:
-        add("sft", 0, _point("SFT", reference, *measured))
-      for point in self._plan.grid:
-        path = self._path(point)
-        steps = manager.saved_steps(path)
-        for step in steps:
-          if (path.name, step) not in done:
-            policy = Policy(str(path), step=step)
-            add(path.name, step, _point(point[0], policy, *measured))
-        for step in steps[:-1]:  # Their dots are kept.
-          shutil.rmtree(path / "checkpoints" / str(step))
-    self._score_frontier_samples(reference, prompts)
-    return True
-
-  def report(self) -> bool:
+  def _report(self) -> bool:
     """Writes the figure and the report, and prints it."""
     limit, best = self._limits()
     points = [*self._read_points().values(), *best]
@@ -261,19 +282,6 @@ class _Experiment:
     (self._folder / "report.md").write_text(report + "\n")
     print(report, flush=True)
     return True
-
-  def _score_frontier_samples(self, reference, prompts):
-    if not self._frontier_samples.exists():
-      count = self._plan.frontier_samples
-      samples = prompts.sample(reference, count, seed=3)
-      learned_fn = learned.load(self._runs["reward_model"])
-      part = self._folder / "part.npz"
-      np.savez(
-        part,
-        true=prompts.scores(reference, samples),
-        learned=prompts.scores(reference, samples, learned_fn),
-      )
-      part.replace(self._frontier_samples)
 
   def _limits(self):
     """Returns the best possible frontier, and the points of Best-of-N."""
@@ -304,16 +312,6 @@ class _Experiment:
       found[key] = frontier.Point(**row)
     return found
 
-  def _train(self, config, path) -> bool:
-    config.data.cache_dir = str(self._folder / "cache")
-    return trainer.train(config, str(path))
-
-  def _set_pairs(self, config):
-    config.model.path, config.model.preset = self._runs["sft"], ""
-    config.data.source, config.data.path = "jsonl", str(self._pairs)
-    # Samples that were cut have no EOS.
-    config.data.max_response_length = self._plan.max_new_tokens
-
   def _path(self, point) -> pathlib.Path:
     label, _, changes = point
     name = label.lower().replace("-", "_")
@@ -325,11 +323,8 @@ class _Experiment:
     )
 
   def _true_reward(self):
-    return learned.load(self._runs["classifier"], output="probability")
-
-
-def _point(label, policy, prompts, num_samples):
-  return prompts.point(label, policy, num_samples, seed=2)
+    path = str(self._runs["classifier"])
+    return learned.load(path, output="probability")
 
 
 def _changes(changes: Mapping[str, Any]) -> str:

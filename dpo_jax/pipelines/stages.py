@@ -3,6 +3,7 @@
 A file or folder that is there is whole: a stage can be skipped by it.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -11,36 +12,80 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from ml_collections import ConfigDict
+
+from dpo_jax import experiment, trainer
+from dpo_jax.checkpoints import run_folder
 from dpo_jax.data import bpe
 
 SECONDS = "seconds.json"
 ENDINGS = (".jsonl", ".jsonl.xz", ".jsonl.gz")
 
 
-def run_all(
-  folder: pathlib.Path, stages: Sequence[tuple[str, Callable[[], bool]]]
-) -> bool:
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """A part of an experiment.
+
+  Attributes:
+    name: what is shown of it, and the key of its time.
+    run: does it; returns whether it came to its end.
+    is_done: returns whether there is nothing to do; by default there always is.
+  """
+
+  name: str
+  run: Callable[[], bool]
+  is_done: Callable[[], bool] = lambda: False
+
+
+def writing(
+  name: str, path: pathlib.Path, write: Callable[[pathlib.Path], None]
+) -> Stage:
+  """Returns a stage that writes a file or folder, its last output, whole."""
+
+  def run():
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path)
+    return True
+
+  return Stage(name, run, path.exists)
+
+
+def training(name: str, config: ConfigDict, path: pathlib.Path) -> Stage:
+  """Returns a stage that is a run in the folder `path`."""
+
+  def is_done():
+    settings = experiment.to_plain(config)
+    run_folder.check_config(path, settings)
+    return run_folder.is_finished(path, settings)
+
+  return Stage(name, lambda: trainer.train(config, str(path)), is_done)
+
+
+def run_all(folder: pathlib.Path, stages: Sequence[Stage]) -> bool:
   """Returns whether every stage came to its end; stops at one that did not.
 
-  A stage that was done before does nothing, and its time is kept: `SECONDS`
-  has what each took, over all calls.
+  One that is done is passed over. `SECONDS` has what each took, over all calls.
 
   Args:
     folder: where the times stand.
-    stages: a name and what runs it, in order.
+    stages: in order; each is asked whether it is done when its turn comes.
   """
   folder.mkdir(parents=True, exist_ok=True)
   path = folder / SECONDS
   seconds = json.loads(path.read_text()) if path.exists() else {}
-  for name, stage in stages:
-    print(f"== {name}", flush=True)
+  for stage in stages:
+    is_done = stage.is_done()
+    print(f"== {stage.name}{', done' if is_done else ''}", flush=True)
+    if is_done:
+      continue
     begun = time.monotonic()
     try:
-      if not stage():
+      if not stage.run():
         return False
     finally:
-      seconds[name] = seconds.get(name, 0.0) + time.monotonic() - begun
-      path.write_text(json.dumps(seconds, indent=2) + "\n")
+      took = time.monotonic() - begun
+      seconds[stage.name] = seconds.get(stage.name, 0.0) + took
+      replace(path, json.dumps(seconds, indent=2) + "\n")
   return True
 
 

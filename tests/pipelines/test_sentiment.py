@@ -7,7 +7,8 @@ import pytest
 from configs import imdb_sentiment
 from dpo_jax.checkpoints import manager
 from dpo_jax.data import synthetic
-from dpo_jax.pipelines import sentiment
+from dpo_jax.evaluation import frontier
+from dpo_jax.pipelines import sentiment, stages
 from tests import test_end_to_end as end_to_end
 
 GRID = (
@@ -26,6 +27,7 @@ PLAN = sentiment.Plan(
 )
 
 
+FILES = {name: f"{name}.jsonl" for name in sentiment.FILES}
 _get_config = imdb_sentiment.get_config
 
 
@@ -95,20 +97,24 @@ def test_the_command_runs_its_stages_once(tmp_path, reviews):
   report = (workdir / "report.md").read_text()
   assert "| PPO-GT |" in report and "reward model of the pairs" in report
   kept = (workdir / "points.jsonl").read_text()
-  assert run().count("nothing to do") == 3 + len(GRID)
+  shown = [x for x in run().splitlines() if x.startswith("== ")]
+  assert len(shown) == 7 + len(GRID) + 1
+  assert all(x.endswith(", done") for x in shown[:-1])
+  assert shown[-1] == "== figure and report"
   assert (workdir / "points.jsonl").read_text() == kept
 
 
 def test_the_true_reward_is_ppo_gts_alone(tmp_path, reviews, monkeypatch):
   rewards = {}
   monkeypatch.setattr(
-    sentiment.trainer,
+    stages.trainer,
     "train",
     lambda config, path: rewards.update({path: config.ppo.reward}) or True,
   )
+  monkeypatch.setattr(sentiment._Experiment, "_measure", lambda *_: True)
   files = {name: str(reviews / name) for name in sentiment.FILES}
   experiment = sentiment._Experiment(tmp_path, files, make_config, PLAN, "")
-  assert all(stage() for _, stage in experiment.methods())
+  assert all(experiment._method(point).run() for point in GRID)
   assert rewards == {
     f"{tmp_path}/dpo_beta_0.1": "",
     f"{tmp_path}/ppo_target_kl_3": f"run:{tmp_path}/reward_model",
@@ -122,9 +128,22 @@ def test_a_half_written_dot_is_measured_again(tmp_path):
   line = json.dumps({"run": "dpo", "step": 1} | point) + "\n"
   path = tmp_path / "points.jsonl"
   path.write_text(line + line[:30])
-  experiment = sentiment._Experiment(tmp_path, {}, make_config, PLAN, "")
+  experiment = sentiment._Experiment(tmp_path, FILES, make_config, PLAN, "")
   assert list(experiment._read_points()) == [("dpo", 1)]
   assert path.read_text() == line
+
+
+def test_a_run_is_done_when_all_its_checkpoints_are_dots(tmp_path, monkeypatch):
+  monkeypatch.setattr(stages.run_folder, "is_finished", lambda *_: True)
+  monkeypatch.setattr(sentiment.manager, "saved_steps", lambda _: [1, 2])
+  experiment = sentiment._Experiment(tmp_path, FILES, make_config, PLAN, "")
+  is_done = experiment._method(GRID[0]).is_done
+  point = frontier.Point("DPO", 1.0, 0.1, 0.5, 0.1, 4)
+  assert not is_done()
+  experiment._add_point("dpo_beta_0.1", 1, point)
+  assert not is_done()
+  experiment._add_point("dpo_beta_0.1", 2, point)
+  assert is_done()
 
 
 def test_a_folder_without_reviews_is_named(tmp_path):
