@@ -21,7 +21,8 @@ class Scale:
     best_of: samples of a prompt, of which the best is kept.
     preset: the model from random weights; None: one must be given.
     vocab_size: tokens of its tokenizer.
-    settings: keys of the configs by run (`all`, `sft`, `reward_model`, `dpo`).
+    settings: keys of the configs by run (`all`, `sft`, `reward_model`, a
+      method).
     scratch: more of them, where no model is given.
   """
 
@@ -51,6 +52,7 @@ class Task:
     baseline: what responses are compared with, in words.
     pairs: what is trained on, in words.
     judged_by: who chose in `judged`, in words.
+    methods: losses whose runs start from the sft model, `dpo` among them.
     paper: what the paper found, in words.
     scales: by name.
     stop: what ends a sampled response besides EOS; empty: nothing.
@@ -66,6 +68,7 @@ class Task:
   baseline: str
   pairs: str
   judged_by: str
+  methods: tuple[str, ...]
   paper: str
   scales: Mapping[str, Scale]
   stop: str = ""
@@ -87,7 +90,22 @@ _SMALL = {
     "eval.every": 20,
     "checkpoint.every": 20,
   },
-  "dpo": {"batch_size": 32, "reference.mode": "cached", "eval.every": 20},
+  "preferred_ft": {"batch_size": 32},
+  "unlikelihood": {"batch_size": 32},
+  "dpo": {
+    "batch_size": 32,
+    "reference.mode": "cached",
+    "eval.every": 20,
+    "checkpoint.every": 10,
+    "checkpoint.keep": 100,
+  },
+  "ppo": {
+    "steps": 20,
+    "batch_size": 64,
+    "ppo.epochs": 2,
+    "ppo.minibatches": 2,
+    "ppo.horizon": 500.0,
+  },
 }
 _SCRATCH = {
   "all": {
@@ -102,7 +120,10 @@ _SCRATCH = {
     "optimizer.warmup_steps": 50,
   },
   "reward_model": {"optimizer.learning_rate": 5e-4},
+  "preferred_ft": {"optimizer.learning_rate": 3e-4},
+  "unlikelihood": {"optimizer.learning_rate": 3e-4},
   "dpo": {"optimizer.learning_rate": 3e-4},
+  "ppo": {"optimizer.learning_rate": 3e-4},
 }
 
 
@@ -112,6 +133,11 @@ def _small(max_length: int, max_prompt_length: int) -> dict:
     "data.max_prompt_length": max_prompt_length,
   }
   return _SMALL | {"all": _SMALL["all"] | lengths}
+
+
+def _large(every: int) -> dict:
+  """Returns settings that keep a checkpoint of DPO every so many updates."""
+  return {"dpo": {"checkpoint.every": every, "checkpoint.keep": 100}}
 
 
 HUMAN = "\n\nHuman:"
@@ -125,6 +151,8 @@ HH = Task(
   baseline="the data's chosen responses",
   pairs="the data's own pairs, of which people chose",
   judged_by="people",
+  # Its sft model has learnt the chosen responses: it is Preferred-FT.
+  methods=("unlikelihood", "dpo", "ppo"),
   paper=(
     "DPO alone, of the methods that take one sample, wins more than 50%"
     " against the chosen responses, about as often as best of 128 (figure 3;"
@@ -142,8 +170,12 @@ HH = Task(
       settings=_small(384, 256),
       scratch=_SCRATCH,
     ),
-    "gpu": Scale(None, 256, max_new_tokens=256, best_of=64),
-    "paper": Scale(None, None, max_new_tokens=256, best_of=128),
+    "gpu": Scale(
+      None, 256, max_new_tokens=256, best_of=64, settings=_large(512)
+    ),
+    "paper": Scale(
+      None, None, max_new_tokens=256, best_of=128, settings=_large(2000)
+    ),
   },
   stop=HUMAN,
   is_test=lambda row: row["prompt"].count(HUMAN) == 1,
@@ -162,6 +194,7 @@ TLDR = Task(
     " (rejected): no person compared them, unlike the paper's"
   ),
   judged_by="a language model",
+  methods=("preferred_ft", "unlikelihood", "dpo", "ppo"),
   paper=(
     "DPO wins about 61% against the reference summaries at temperature 0, PPO"
     " 57% at its best, also 0 (figure 2 right; GPT-J, judged by GPT-4)"
@@ -178,7 +211,11 @@ TLDR = Task(
       settings=_small(384, 288),
       scratch=_SCRATCH,
     ),
-    "gpu": Scale(20_000, 256, max_new_tokens=64, best_of=64),
-    "paper": Scale(None, None, max_new_tokens=64, best_of=128),
+    "gpu": Scale(
+      20_000, 256, max_new_tokens=64, best_of=64, settings=_large(100)
+    ),
+    "paper": Scale(
+      None, None, max_new_tokens=64, best_of=128, settings=_large(500)
+    ),
   },
 )

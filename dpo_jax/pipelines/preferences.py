@@ -1,10 +1,10 @@
 """Dialogue and summaries, from text to win rates (Rafailov et al. 2023).
 
 Sections 6.2 and 6.3 of arXiv 2305.18290: a language model, pairs, a reward
-model and `dpo` of them, samples at several temperatures, and how often a judge
-prefers them to the data's own responses. Differs: the judge is the reward
-model, which also chooses the best of N; nothing but a model is needed. A stage
-whose output is there is skipped.
+model and the methods of them, samples at several temperatures, and how often a
+judge prefers them to the data's own responses. Differs: the judge is the reward
+model, which also chooses the best of N and is PPO's reward; nothing but a model
+is needed. A stage whose output is there is skipped.
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from dpo_jax import experiment, policy, trainer
-from dpo_jax.checkpoints import run_folder
+from dpo_jax import policy
+from dpo_jax.checkpoints import manager
 from dpo_jax.data import examples
 from dpo_jax.evaluation import intervals, judges, win_rate_report
 from dpo_jax.pipelines import preferences_report, stages
@@ -28,6 +28,8 @@ from dpo_jax.rewards import learned
 from dpo_jax.sampling import best_of_n, decode
 
 TEMPERATURES = (0.0, 0.25, 0.5, 0.75, 1.0)
+# The run that is also judged over its training, as in figure 3 right.
+CURVE, CURVE_TEMPERATURES = "dpo", (0.7, 1.0)
 HELD_OUT_SHARE = 16  # one pair of so many chooses the reward model
 
 
@@ -43,8 +45,8 @@ def run(
   """Returns whether the experiment came to its end.
 
   Args:
-    workdir: gets `data/`, a folder for each run (`sft`, `reward_model`,
-      `dpo`), `samples/`, `responses/`, `wins/` and `report.md`.
+    workdir: gets `data/`, a folder for each run (`sft`, `reward_model` and
+      the methods), `samples/`, `responses/`, `wins/`, `curve/` and `report.md`.
     make_config: returns the config of a stage, given the name of its loss.
     task: what is done on which data.
     data: folder of the task's files.
@@ -96,72 +98,65 @@ class _Experiment:
   def run(self) -> bool:
     """Runs the stages that are not done; returns whether all are."""
     self._check()
-    self._stage("data", "data.json", self._write_data)
+    return stages.run_all(self.folder, self.all_stages())
+
+  def all_stages(self) -> list[stages.Stage]:
+    """Returns all of the experiment, in order."""
+    write = lambda title, output, function, *arguments: stages.writing(
+      title, self.folder / output, functools.partial(function, *arguments)
+    )
+    train = lambda name: stages.training(
+      name, self._config(name), self.folder / name
+    )
+    first = [write("data", "data.json", self._write_data)]
     if self.model is None:
-      self._stage("tokenizer", "tokenizer", self._write_tokenizer)
-    if not self._train("sft"):
-      return False
+      first.append(write("tokenizer", "tokenizer", self._write_tokenizer))
+    first.append(train("sft"))
     if not self.task.has_pairs:
-      self._stage("pairs", "pairs/train.jsonl", self._write_pairs)
-    for name in ("reward_model", "dpo"):
-      if not self._train(name):
-        return False
-    self._stage("judge", "judge.json", self._write_agreement)
-    for name in ("sft", "dpo"):
-      for temperature in TEMPERATURES:
-        output = f"samples/{name}_{temperature:g}.jsonl"
-        self._stage(
-          f"samples of {name} at temperature {temperature:g}",
-          output,
-          functools.partial(self._sample, name, temperature),
-        )
-    self._stage("responses", "responses/baseline.jsonl", self._write_responses)
-    self._stage("win rates", "wins/win_rate.png", self._write_win_rates)
-    self._stage("report", "report.md", self._write_report)
-    print((self.folder / "report.md").read_text(), flush=True)
-    return True
+      first.append(write("pairs", "pairs/train.jsonl", self._write_pairs))
+    samples = [
+      write(
+        f"samples of {name} at temperature {temperature:g}",
+        f"samples/{name}_{temperature:g}.jsonl",
+        functools.partial(self._sample, name, temperature),
+      )
+      for name in ("sft", *self.task.methods)
+      for temperature in TEMPERATURES
+    ]
+    return [
+      *first,
+      train("reward_model"),
+      write("judge", "judge.json", self._write_agreement),
+      *map(train, self.task.methods),
+      *samples,
+      write("responses", "responses/baseline.jsonl", self._write_responses),
+      write("win rates", "wins/win_rate.png", self._write_win_rates),
+      write(f"{CURVE} over training", "curve/win_rate.png", self._write_curve),
+      stages.Stage("report", self._report),
+    ]
 
   def _check(self) -> None:
     """Checks that the folder is new, or of this experiment."""
     path = self.folder / "experiment.json"
     settings = {"task": self.task.title, "scale": self.scale_name}
     settings |= {"data": str(self.data), "model": self.model}
+    settings["methods"] = list(self.task.methods)
     if not path.exists():
       path.parent.mkdir(parents=True, exist_ok=True)
       stages.replace(path, json.dumps(settings, indent=2) + "\n")
     before = json.loads(path.read_text())
     for key, value in settings.items():
-      if before[key] != value:
+      if before.get(key) != value:
         raise ValueError(
-          f"{self.folder} holds an experiment of {key} {before[key]!r}, not"
+          f"{self.folder} holds an experiment of {key} {before.get(key)!r}, not"
           f" {value!r}; give another --workdir"
         )
-
-  def _stage(
-    self, title: str, output: str, write: Callable[[pathlib.Path], None]
-  ) -> None:
-    """Writes a stage's last output, whole or not at all."""
-    path = self.folder / output
-    is_done = path.exists()
-    print(f"== {title}: {path}{', done' if is_done else ''}", flush=True)
-    if not is_done:
-      path.parent.mkdir(parents=True, exist_ok=True)
-      write(path)
-
-  def _train(self, name: str) -> bool:
-    config = self._config(name)
-    path = self.folder / name
-    settings = experiment.to_plain(config)
-    run_folder.check_config(path, settings)
-    is_done = run_folder.is_finished(path, settings)
-    print(f"== {name}: {path}{', done' if is_done else ''}", flush=True)
-    return is_done or trainer.train(config, str(path))
 
   def _config(self, name: str) -> ConfigDict:
     """Returns the config of a run, cut to the scale."""
     config = self.make_config(name)
-    is_sft = name == "sft"
-    kind = "data" if is_sft or self.task.has_pairs else "pairs"
+    is_sft, is_ppo = name == "sft", name == "ppo"
+    kind = "data" if is_sft or is_ppo or self.task.has_pairs else "pairs"
     config.data.source = "jsonl"
     config.data.path = str(self.folder / kind / "train.jsonl")
     config.data.eval_path = str(self.folder / kind / "held_out.jsonl")
@@ -174,6 +169,10 @@ class _Experiment:
     else:
       config.model.preset = self.scale.preset
       config.model.tokenizer = str(self.folder / "tokenizer")
+    if is_ppo:  # It takes the prompts, and its own samples.
+      config.data.eval_path = ""
+      config.ppo.reward = f"run:{self.folder / 'reward_model'}"
+      config.ppo.max_new_tokens = self.scale.max_new_tokens
     tables = [self.scale.settings]
     if self.model is None:
       tables.append(self.scale.scratch)
@@ -279,7 +278,7 @@ class _Experiment:
     )
 
   def _write_samples(
-    self, name, prompts, temperature, output, *, seed, count=1
+    self, name, prompts, temperature, output, *, seed, count=1, step=None
   ) -> None:
     policy.write_samples(
       str(self.folder / name),
@@ -289,13 +288,14 @@ class _Experiment:
       seed=seed,
       samples_per_prompt=count,
       max_prompt_length=self._config(name).data.max_prompt_length,
+      step=step,
     )
 
   def _write_responses(self, path: pathlib.Path) -> None:
     """Writes what is judged, a file a method, and last the baseline's."""
     rows = []
     for temperature in TEMPERATURES:
-      for name in ("sft", "dpo"):
+      for name in ("sft", *self.task.methods):
         samples = self.folder / f"samples/{name}_{temperature:g}.jsonl"
         found = [x | {"response": self._text(x)} for x in _read_rows(samples)]
         rows += [x | {"method": name} for x in found if x["sample"] == 0]
@@ -348,22 +348,49 @@ class _Experiment:
     stages.replace(path, json.dumps(record, indent=2) + "\n")
 
   def _write_win_rates(self, path: pathlib.Path) -> None:
-    responses = self.folder / "responses"
-    methods = ("sft", f"best_of_{self.scale.best_of}", "dpo")
+    methods = ("sft", f"best_of_{self.scale.best_of}", *self.task.methods)
+    files = [self.folder / f"responses/{method}.jsonl" for method in methods]
+    self._judge(files, path.parent)
+
+  def _write_curve(self, path: pathlib.Path) -> None:
+    """Judges samples of the checkpoints of a run."""
+    prompts = [x["prompt"] for x in _read_rows(self.folder / "data/test.jsonl")]
+    rows = []
+    for step in (0, *manager.saved_steps(self.folder / CURVE)):
+      for temperature in CURVE_TEMPERATURES:
+        name = CURVE if step else "sft"
+        output = path.parent / f"samples/{step}_{temperature:g}.jsonl"
+        if not output.exists():
+          self._write_samples(
+            *(name, prompts, temperature, output),
+            seed=2,
+            step=step or None,
+          )
+        rows += [
+          x | {"response": self._text(x), "step": step, "method": CURVE}
+          for x in _read_rows(output)
+        ]
+    responses = path.parent / "responses.jsonl"
+    stages.write_lines(responses, rows)
+    self._judge([responses], path.parent)
+
+  def _judge(self, files: Sequence[pathlib.Path], output: pathlib.Path) -> None:
     win_rate_report.evaluate(
       judges.score_judge("reward model", self.reward_fn),
-      [str(responses / f"{method}.jsonl") for method in methods],
-      str(responses / "baseline.jsonl"),
-      str(path.parent),
+      list(map(str, files)),
+      str(self.folder / "responses/baseline.jsonl"),
+      str(output),
       order="both",
       seed=0,
     )
 
-  def _write_report(self, path: pathlib.Path) -> None:
+  def _report(self) -> bool:
     text = preferences_report.make(
       self.folder, self.task, self.scale_name, self.model
     )
-    stages.replace(path, text)
+    stages.replace(self.folder / "report.md", text)
+    print(text, flush=True)
+    return True
 
 
 def _read_rows(path: pathlib.Path) -> list[dict]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dpo_jax.evaluation import win_rate_report
+from dpo_jax.pipelines import stages
 from dpo_jax.pipelines.preference_tasks import Task
 
 
@@ -16,7 +17,8 @@ def make(
   """Returns the report as Markdown.
 
   Args:
-    folder: of the experiment, with `data.json`, `judge.json` and `wins/`.
+    folder: of the experiment, with `data.json`, `judge.json`, `wins/`,
+      `curve/` and the times of its stages.
     task: what was done.
     scale: at which size.
     model: what `sft` started from; None: random weights.
@@ -37,8 +39,8 @@ def make(
     "",
     "Judge and model differ from the paper's, so the numbers cannot be"
     " compared, only their order. The judge here is the reward model. It"
-    " learnt the pairs that DPO learnt, and best of N is chosen by it, so that"
-    " method's win rate is its own judgement of itself.",
+    " learnt the pairs that DPO learnt, is PPO's reward and chooses the best of"
+    " N, so the win rates of these two are its judgement of what it asked for.",
     "",
     f"On the pairs of {judge['file']}, where {task.judged_by} chose, it prefers"
     " what was chosen as often as the first table says. Where that is 0.5 or"
@@ -62,6 +64,14 @@ def make(
     f" {size.max_new_tokens} tokens.",
     "",
     "Figure: wins/win_rate.png. Comparisons: wins/comparisons.jsonl.",
+    "",
+    "Over training, where step 0 is sft (curve/win_rate.png):",
+    "",
+    (folder / "curve/win_rate.md").read_text().strip(),
+    "",
+    "Seconds of each stage:",
+    "",
+    *("    " + line for line in stages.read_seconds(folder).splitlines()),
   ]
   return "\n".join(lines) + "\n"
 
