@@ -25,12 +25,17 @@ def reviews(shared_dir, tmp_path):
 
 @pytest.mark.parametrize(
   ("loss", "head", "num_steps"),
-  [("sft", "vocabulary", 8), ("classifier", "classifier", 8)],
+  [
+    ("sft", "vocabulary", 8),
+    ("pretraining", "vocabulary", 380),
+    ("classifier", "classifier", 8),
+  ],
 )
 def test_a_stage_reads_reviews(loss, head, num_steps, reviews, tmp_path):
   config = imdb_sentiment.get_config(f"{loss},cpu")
   config.data.path = config.data.eval_path = str(reviews)
   config.data.cache_dir = str(tmp_path / "cache")
+  config.model.path, config.model.preset = "", "tiny"
   config.model.tokenizer = str(tmp_path / "tokenizer")
   config.batch_size = config.microbatch_rows = 8
   built = experiment.build(config)
@@ -39,7 +44,7 @@ def test_a_stage_reads_reviews(loss, head, num_steps, reviews, tmp_path):
   assert built.schedule.last_step == num_steps
   labels = [json.loads(line)["label"] for line in reviews.open()]
   is_positive = (built.loader.dataset.lengths[:, 1] > 0).tolist()
-  assert is_positive == [loss == "sft" or label == 1 for label in labels]
+  assert is_positive == [head == "vocabulary" or x == 1 for x in labels]
 
 
 def test_the_reward_model_has_three_epochs_and_its_best_accuracy():

@@ -96,7 +96,8 @@ class _Experiment:
     self._model = model or make_config("sft").model.path
     self._tokenizer = self._model or str(folder / "tokenizer")
     self._runs = {
-      name: folder / name for name in ("classifier", "sft", "reward_model")
+      name: folder / name
+      for name in ("pretraining", "classifier", "sft", "reward_model")
     }
     self._samples = folder / "samples.jsonl"
     self._pairs = folder / "pairs.jsonl"
@@ -113,6 +114,7 @@ class _Experiment:
     )
     return [
       *([] if self._model else [first]),
+      train("pretraining", "pretraining of the classifier's body"),
       train("classifier", "classifier: the true reward"),
       train("sft", "sft: a language model of reviews"),
       stages.writing("samples", self._samples, self._write_samples),
@@ -133,8 +135,11 @@ class _Experiment:
     """Returns the config of what comes before the methods."""
     config = self._make_config(name)
     config.data.cache_dir = str(self._folder / "cache")
-    if name == "classifier":
+    if name == "pretraining":
       config.model.tokenizer = self._tokenizer
+      config.data.path = self._files["unsup"]
+    elif name == "classifier":
+      config.model.path = str(self._runs["pretraining"])
       config.data.path = self._files["train"]
       config.data.eval_path = self._files["test"]
     elif name == "sft":

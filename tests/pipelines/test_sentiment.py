@@ -98,7 +98,7 @@ def test_the_command_runs_its_stages_once(tmp_path, reviews):
   assert "| PPO-GT |" in report and "reward model of the pairs" in report
   kept = (workdir / "points.jsonl").read_text()
   shown = [x for x in run().splitlines() if x.startswith("== ")]
-  assert len(shown) == 7 + len(GRID) + 1
+  assert len(shown) == 8 + len(GRID) + 1
   assert all(x.endswith(", done") for x in shown[:-1])
   assert shown[-1] == "== figure and report"
   assert (workdir / "points.jsonl").read_text() == kept
