@@ -16,39 +16,66 @@ this size tokens past the shorter response say more of its length than of its
 worth, so they are left out (`ld_alpha=0`; the paper counts them). On two CPU
 cores each takes minutes; docs/results/hh_cpu.md has the figures.
 
-`,paper` after the loss's name gives the paper's settings instead, for the
-Pythia-2.8B that `model.path` names (not yet run; the paper says nothing of the
-optimizer of `sft` and `reward_model`: here these have AdamW at 1e-5):
+`,paper` after the loss's name gives the paper's settings instead, from
+Pythia-2.8B (not yet run; the paper says nothing of the optimizer of `sft` and
+`reward_model`, here AdamW at 1e-5, nor of how PPO was set):
 
   python -m launch.train --config=configs/hh_dialogue.py:sft,paper \\
-    --workdir=runs/hh_sft --config.data.path=hh/train.jsonl.xz \\
-    --config.model.path=EleutherAI/pythia-2.8b
+    --workdir=runs/hh_sft --config.data.path=hh/train.jsonl.xz
   python -m launch.train --config=configs/hh_dialogue.py:dpo,paper \\
     --workdir=runs/hh_dpo --config.data.path=hh/train.jsonl.xz \\
     --config.model.path=runs/hh_sft
 
-The whole experiment, to the win rates, in minutes with a model from scratch:
+and likewise `reward_model`, `unlikelihood`, and `ppo` with
+`--config.ppo.reward=run:runs/hh_rm`. The whole experiment, to the win rates:
 
   python -m launch.reproduce hh --data=hh --workdir=runs/hh
 
-docs/results/hh_reproduced_cpu.md has its figures.
+which is `,cpu`, minutes with a small model from random weights
+(docs/results/hh_reproduced_cpu.md has its figures); `--scale=gpu`, the paper's
+settings on a smaller Pythia, and `paper` are not yet run.
 """
 
-from configs import base, losses
+from configs import base, losses, scales
 
 DEMONSTRATIONS = ("sft", "sft_sum", "preferred_ft")
+MODELS = {
+  "paper": "EleutherAI/pythia-2.8b",
+  "gpu": "EleutherAI/pythia-410m",
+}
+# See `pipelines.preferences.Scale`.
+SCALES = {
+  "cpu": dict(
+    train_rows=2000,
+    test_prompts=128,
+    max_new_tokens=96,
+    best_of=16,
+    prompt_characters=800,
+    response_characters=500,
+    vocab_size=4096,
+  ),
+  "gpu": dict(test_prompts=256, max_new_tokens=256, best_of=64),
+  "paper": dict(max_new_tokens=256, best_of=128),
+}
 
 
-def get_config(loss: str = "dpo"):
-  """Returns the settings of the given loss, or of `LOSS,paper`."""
-  loss, comma, size = loss.partition(",")
-  if comma and size != "paper":
-    raise ValueError(f"unknown size {size!r}; known: paper, or none")
+def get_config(argument: str = "dpo"):
+  """Returns the settings of a loss, at a scale if one is named.
+
+  Args:
+    argument: `LOSS`, of the 10 M model; or `LOSS,SCALE`. `LOSS,cpu,pretrained`
+      is for a model that is given.
+
+  Raises:
+    ValueError: an unknown loss or scale.
+  """
+  loss, scale, start = scales.parse(argument, SCALES)
   config = base.get_config()
   config.loss.update(losses.get(loss))
   config.data.source = "hh"
   is_sft = loss in DEMONSTRATIONS
-  if comma:
+  if scale:
+    config.model.path = MODELS.get(scale, "") if is_sft else ""
     config.eval.every = 200
     if is_sft or loss == "reward_model":
       config.optimizer.name = "adamw"
@@ -69,4 +96,8 @@ def get_config(loss: str = "dpo"):
   if loss == "reward_model":
     config.checkpoint.metric = "rewards/accuracies"
     config.checkpoint.every = config.eval.every
+  elif loss == "dpo" and scale:  # judged over training
+    config.checkpoint.every, config.checkpoint.keep = 400, 100
+  if scale == "cpu":
+    scales.set_small(config, loss, 256, start)
   return config

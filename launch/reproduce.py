@@ -18,9 +18,9 @@ ppo_vs_human_judged.csv.xz. Both end with `report.md` and `wins/win_rate.png`,
 win rates by temperature that a reward model judges.
 
 `--scale=cpu` takes minutes with a model from random weights, `imdb` more than
-an hour; at `gpu` and `paper`, not yet run, `imdb` starts from GPT-2 and the
-others from `--model`. What a scale is stands in configs/imdb_sentiment.py and
-dpo_jax/pipelines/preference_tasks.py.
+an hour; `gpu` and `paper`, not yet run, start from the pretrained models that
+configs/imdb_sentiment.py, hh_dialogue.py and tldr_summarization.py name, or
+from `--model`. There stands also what a scale is.
 """
 
 from absl import flags
@@ -33,7 +33,7 @@ SCALE = flags.DEFINE_enum(
   "scale", "cpu", ["cpu", "gpu", "paper"], "How large it is."
 )
 MODEL = flags.DEFINE_string(
-  "model", None, "Folder or hub name to start from; else random weights."
+  "model", None, "Folder or hub name to start from; else what the scale says."
 )
 
 
@@ -74,24 +74,30 @@ def _imdb(workdir: str) -> bool:
 
 def _hh(workdir: str) -> bool:
   from configs import hh_dialogue
-  from dpo_jax.pipelines import preference_tasks, preferences
+  from dpo_jax.pipelines import preference_tasks
 
-  make_config = lambda loss: hh_dialogue.get_config(f"{loss},paper")
-  return preferences.run(workdir, make_config, preference_tasks.HH, **_given())
+  return _preferences(workdir, hh_dialogue, preference_tasks.HH)
 
 
 def _tldr(workdir: str) -> bool:
   from configs import tldr_summarization
-  from dpo_jax.pipelines import preference_tasks, preferences
+  from dpo_jax.pipelines import preference_tasks
 
-  make_config = tldr_summarization.get_config
+  return _preferences(workdir, tldr_summarization, preference_tasks.TLDR)
+
+
+def _preferences(workdir, configs, task):
+  from dpo_jax.pipelines import preferences
+
+  start = f"{SCALE.value},pretrained" if MODEL.value else SCALE.value
   return preferences.run(
-    workdir, make_config, preference_tasks.TLDR, **_given()
+    workdir,
+    DATA.value,
+    lambda loss: configs.get_config(f"{loss},{start}"),
+    task,
+    preferences.Scale(**configs.SCALES[SCALE.value]),
+    model=MODEL.value or "",
   )
-
-
-def _given() -> dict[str, str | None]:
-  return {"data": DATA.value, "scale": SCALE.value, "model": MODEL.value}
 
 
 # Name -> what runs it, the flags that it needs, those that it takes.

@@ -10,6 +10,7 @@ is needed. A stage whose output is there is skipped.
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from dpo_jax.checkpoints import manager
 from dpo_jax.data import examples
 from dpo_jax.evaluation import intervals, judges, win_rate_report
 from dpo_jax.pipelines import preferences_report, stages
-from dpo_jax.pipelines.preference_tasks import Scale, Task
+from dpo_jax.pipelines.preference_tasks import Task
 from dpo_jax.rewards import learned
 from dpo_jax.sampling import best_of_n, decode
 
@@ -33,63 +34,74 @@ CURVE, CURVE_TEMPERATURES = "dpo", (0.7, 1.0)
 HELD_OUT_SHARE = 16  # one pair of so many chooses the reward model
 
 
+@dataclasses.dataclass(frozen=True)
+class Scale:
+  """How much of everything is done.
+
+  Attributes:
+    max_new_tokens: at which length a sample is cut.
+    best_of: samples of a prompt, of which the best is kept.
+    train_rows: rows that are trained on or held out; None: all.
+    test_prompts: None: all.
+    prompt_characters: longer prompts are left out.
+    response_characters: rows with a longer response are.
+    vocab_size: of the tokenizer, where no model is given.
+  """
+
+  max_new_tokens: int
+  best_of: int
+  train_rows: int | None = None
+  test_prompts: int | None = None
+  prompt_characters: float = math.inf
+  response_characters: float = math.inf
+  vocab_size: int = 4096
+
+
 def run(
   workdir: str,
+  data: str,
   make_config: Callable[[str], ConfigDict],
   task: Task,
+  scale: Scale,
   *,
-  data: str,
-  scale: str,
-  model: str | None = None,
+  model: str = "",
 ) -> bool:
   """Returns whether the experiment came to its end.
 
   Args:
     workdir: gets `data/`, a folder for each run (`sft`, `reward_model` and
       the methods), `samples/`, `responses/`, `wins/`, `curve/` and `report.md`.
+    data: folder of the task's files.
     make_config: returns the config of a stage, given the name of its loss.
     task: what is done on which data.
-    data: folder of the task's files.
-    scale: a key of `task.scales`.
-    model: folder or hub name that `sft` starts from; a model from random
-      weights, with a tokenizer of its text, by default.
+    scale: how much of it.
+    model: what `sft` starts from; by default what its config says, and where
+      that says none a model of random weights, with a tokenizer of its text.
 
   Raises:
-    ValueError: a file that is not there or cannot be read, or no model at a
-      scale that needs one.
+    ValueError: a file that is not there or cannot be read.
   """
-  if scale not in task.scales:
-    known = ", ".join(task.scales)
-    raise ValueError(f"unknown scale {scale!r}; known: {known}")
   for name in task.files:
     if not os.path.exists(os.path.join(data, name)):
       raise ValueError(
         f"no file {name!r} in the data folder {data!r}; allowed: a folder with"
         f" {', '.join(task.files)}"
       )
-  if model is None and task.scales[scale].preset is None:
-    raise ValueError(
-      f"scale {scale!r} needs a pretrained model: --model=FOLDER; without one"
-      " there is scale cpu"
-    )
   folder = pathlib.Path(workdir)
+  model = model or make_config("sft").model.path
   return _Experiment(
-    folder, task, scale, pathlib.Path(data), model, make_config
+    folder, pathlib.Path(data), make_config, task, scale, model
   ).run()
 
 
 @dataclasses.dataclass(frozen=True)
 class _Experiment:
   folder: pathlib.Path
-  task: Task
-  scale_name: str
   data: pathlib.Path
-  model: str | None
   make_config: Callable[[str], ConfigDict]
-
-  @property
-  def scale(self) -> Scale:
-    return self.task.scales[self.scale_name]
+  task: Task
+  scale: Scale
+  model: str
 
   @functools.cached_property
   def reward_fn(self) -> learned.Learned:
@@ -109,7 +121,7 @@ class _Experiment:
       name, self._config(name), self.folder / name
     )
     first = [write("data", "data.json", self._write_data)]
-    if self.model is None:
+    if not self.model:
       first.append(write("tokenizer", "tokenizer", self._write_tokenizer))
     first.append(train("sft"))
     if not self.task.has_pairs:
@@ -138,9 +150,9 @@ class _Experiment:
   def _check(self) -> None:
     """Checks that the folder is new, or of this experiment."""
     path = self.folder / "experiment.json"
-    settings = {"task": self.task.title, "scale": self.scale_name}
-    settings |= {"data": str(self.data), "model": self.model}
-    settings["methods"] = list(self.task.methods)
+    settings = {"task": self.task.title, "data": str(self.data)}
+    settings |= {"model": self.model, "methods": list(self.task.methods)}
+    settings |= {key: str(x) for key, x in vars(self.scale).items()}
     if not path.exists():
       path.parent.mkdir(parents=True, exist_ok=True)
       stages.replace(path, json.dumps(settings, indent=2) + "\n")
@@ -153,7 +165,7 @@ class _Experiment:
         )
 
   def _config(self, name: str) -> ConfigDict:
-    """Returns the config of a run, cut to the scale."""
+    """Returns the config of a run, on the experiment's own files."""
     config = self.make_config(name)
     is_sft, is_ppo = name == "sft", name == "ppo"
     kind = "data" if is_sft or is_ppo or self.task.has_pairs else "pairs"
@@ -161,24 +173,16 @@ class _Experiment:
     config.data.path = str(self.folder / kind / "train.jsonl")
     config.data.eval_path = str(self.folder / kind / "held_out.jsonl")
     config.data.cache_dir = str(self.folder / "cache")
-    config.model.preset = config.model.tokenizer = config.model.path = ""
     if not is_sft:
       config.model.path = str(self.folder / "sft")
-    elif self.model is not None:
-      config.model.path = self.model
+    elif self.model:
+      config.model.path, config.model.preset = self.model, ""
     else:
-      config.model.preset = self.scale.preset
       config.model.tokenizer = str(self.folder / "tokenizer")
     if is_ppo:  # It takes the prompts, and its own samples.
       config.data.eval_path = ""
       config.ppo.reward = f"run:{self.folder / 'reward_model'}"
       config.ppo.max_new_tokens = self.scale.max_new_tokens
-    tables = [self.scale.settings]
-    if self.model is None:
-      tables.append(self.scale.scratch)
-    for table in tables:
-      for key in ("all", name):
-        config.update_from_flattened_dict(table.get(key, {}))
     return config
 
   def _write_data(self, path: pathlib.Path) -> None:
@@ -385,8 +389,9 @@ class _Experiment:
     )
 
   def _report(self) -> bool:
+    start = self.model or f"random weights ({self._config('sft').model.preset})"
     text = preferences_report.make(
-      self.folder, self.task, self.scale_name, self.model
+      self.folder, self.task, self.scale.max_new_tokens, start
     )
     stages.replace(self.folder / "report.md", text)
     print(text, flush=True)

@@ -12,7 +12,7 @@ from dpo_jax.pipelines.preference_tasks import Task
 
 
 def make(
-  folder: pathlib.Path, task: Task, scale: str, model: str | None
+  folder: pathlib.Path, task: Task, max_new_tokens: int, start: str
 ) -> str:
   """Returns the report as Markdown.
 
@@ -20,19 +20,17 @@ def make(
     folder: of the experiment, with `data.json`, `judge.json`, `wins/`,
       `curve/` and the times of its stages.
     task: what was done.
-    scale: at which size.
-    model: what `sft` started from; None: random weights.
+    max_new_tokens: at which samples were cut.
+    start: what `sft` started from, in words.
   """
   read = lambda name: json.loads((folder / name).read_text())
   counts, judge, wins = map(
     read, ("data.json", "judge.json", "wins/win_rate.json")
   )
-  size = task.scales[scale]
-  start = model or f"random weights ({size.preset})"
   lines = [
     f"# {task.title}",
     "",
-    f"Scale `{scale}`, from {start}. Win rates against {task.baseline}.",
+    f"From {start}. Win rates against {task.baseline}.",
     f"Pairs: {task.pairs}.",
     "",
     f"The paper: {task.paper}.",
@@ -61,7 +59,7 @@ def make(
     f"Rows for training: {_counts(counts['train'])}; {counts['held_out']:,} of"
     " those kept are held out.",
     f"Rows for tests: {_counts(counts['test'])}. Samples are cut at"
-    f" {size.max_new_tokens} tokens.",
+    f" {max_new_tokens} tokens.",
     "",
     "Figure: wins/win_rate.png. Comparisons: wins/comparisons.jsonl.",
     "",

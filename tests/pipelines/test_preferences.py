@@ -1,42 +1,45 @@
 """Dialogue and summaries, from made files to win rates."""
 
 import csv
-import dataclasses
 import json
 import lzma
 
 import pytest
 
 from configs import hh_dialogue, tldr_summarization
+from dpo_jax import experiment as checks
 from dpo_jax.pipelines import preference_tasks, preferences, stages
 from tests import test_end_to_end
 
 WORDS = "rice soup tea bread cheese apple salt pepper onion egg".split()
-SCALE = preference_tasks.Scale(
+SCALE = preferences.Scale(
   train_rows=48,
   test_prompts=4,
   max_new_tokens=4,
   best_of=2,
   prompt_characters=200,
   response_characters=40,
-  preset="tiny",
   vocab_size=300,
-  settings={
-    "all": {
-      "steps": 2,
-      "batch_size": 8,
-      "microbatch_rows": 8,
-      "data.max_length": 128,
-      "data.max_prompt_length": 96,
-    },
-    "reward_model": {"checkpoint.every": 1, "eval.every": 1},
-    "dpo": {"checkpoint.every": 1},
-  },
 )
-CONFIGS = {
-  "hh": lambda loss: hh_dialogue.get_config(f"{loss},paper"),
-  "tldr": tldr_summarization.get_config,
-}
+CONFIGS = {"hh": hh_dialogue, "tldr": tldr_summarization}
+
+
+def shrunk(get_config):
+  """Returns what gives configs of seconds."""
+
+  def get_small(argument):
+    config = get_config(argument)
+    if config.model.preset:
+      config.model.preset = "tiny"
+    config.steps, config.batch_size, config.microbatch_rows = 2, 8, 8
+    config.data.max_length, config.data.max_prompt_length = 128, 96
+    if config.checkpoint.every:
+      config.checkpoint.every = config.eval.every = 1
+    return config
+
+  return get_small
+
+
 TASKS = {"hh": preference_tasks.HH, "tldr": preference_tasks.TLDR}
 
 
@@ -81,11 +84,21 @@ def write_posts(folder):
 WRITERS = {"hh": write_dialogues, "tldr": write_posts}
 
 
-def run(name, folder, **options):
-  task = dataclasses.replace(TASKS[name], scales={"cpu": SCALE})
-  given = {"data": str(folder), "scale": "cpu"} | options
-  workdir = str(folder / "run")
-  return preferences.run(workdir, CONFIGS[name], task, **given)
+def make_config(name):
+  get_config = shrunk(CONFIGS[name].get_config)
+  return lambda loss: get_config(f"{loss},cpu")
+
+
+def run(name, folder):
+  return preferences.run(
+    str(folder / "run"), str(folder), make_config(name), TASKS[name], SCALE
+  )
+
+
+def experiment(name, folder, model=""):
+  return preferences._Experiment(
+    folder / "run", folder, make_config(name), TASKS[name], SCALE, model
+  )
 
 
 @pytest.mark.slow
@@ -138,22 +151,16 @@ def test_the_command_runs_its_stages_once(name, tmp_path):
 
 def test_pairs_of_summaries_are_the_authors_against_samples(tmp_path):
   WRITERS["tldr"](tmp_path)
-  task = dataclasses.replace(TASKS["tldr"], scales={"cpu": SCALE})
-  folder = tmp_path / "run"
-  experiment = preferences._Experiment(
-    folder, task, "cpu", tmp_path, None, CONFIGS["tldr"]
-  )
-  experiment._write_data(folder / "data.json")
+  folder, made = tmp_path / "run", experiment("tldr", tmp_path)
+  made._write_data(folder / "data.json")
   rows = preferences._read_rows(folder / "data/train.jsonl")
   held_out = preferences._read_rows(folder / "data/held_out.jsonl")
-  (folder / "samples").mkdir()
   for part, kept in (("train", rows), ("held_out", held_out)):
     stages.write_lines(
       folder / f"samples/pairs_{part}.jsonl",
       [{"response": f"sample {n} \n"} for n in range(len(kept))],
     )
-  (folder / "pairs").mkdir()
-  experiment._write_pairs(folder / "pairs/train.jsonl")
+  made._write_pairs(folder / "pairs/train.jsonl")
   pairs = preferences._read_rows(folder / "pairs/train.jsonl")
   assert [x["rejected"] for x in pairs] == [
     f" sample {n}" for n in range(len(rows))
@@ -164,11 +171,8 @@ def test_pairs_of_summaries_are_the_authors_against_samples(tmp_path):
 
 def test_prompts_of_the_test_were_not_trained_on(tmp_path):
   write_dialogues(tmp_path)
-  task = dataclasses.replace(TASKS["hh"], scales={"cpu": SCALE})
   folder = tmp_path / "run"
-  preferences._Experiment(
-    folder, task, "cpu", tmp_path, None, CONFIGS["hh"]
-  )._write_data(folder / "data.json")
+  experiment("hh", tmp_path)._write_data(folder / "data.json")
   read = lambda name: preferences._read_rows(folder / f"data/{name}.jsonl")
   trained = {x["prompt"] for x in read("train") + read("held_out")}
   assert len(trained) == 48
@@ -177,51 +181,64 @@ def test_prompts_of_the_test_were_not_trained_on(tmp_path):
 
 
 def test_a_response_ends_where_the_human_would_speak(tmp_path):
-  text = lambda name, sample: preferences._Experiment(
-    tmp_path, TASKS[name], "cpu", tmp_path, None, CONFIGS[name]
-  )._text({"response": sample})
+  text = lambda name, sample: experiment(name, tmp_path)._text(
+    {"response": sample}
+  )
   sample = "Rice. \n\nHuman: Why?\n\nAssistant: Oh"
   assert text("hh", sample) == " Rice."
   assert text("tldr", sample) == " " + sample
 
 
-def test_only_a_model_from_random_weights_has_the_scales_optimizer(tmp_path):
-  config = lambda model: preferences._Experiment(
-    tmp_path, TASKS["hh"], "cpu", tmp_path, model, CONFIGS["hh"]
-  )._config("sft")
-  scratch, given = config(None), config("a_model")
-  assert (scratch.model.preset, scratch.model.path) == ("mini", "")
-  assert (given.model.preset, given.model.path) == ("", "a_model")
+def test_runs_read_the_experiments_own_files(tmp_path):
+  config = experiment("tldr", tmp_path)._config
+  folder = tmp_path / "run"
+  assert config("sft").model.tokenizer == str(folder / "tokenizer")
+  assert config("sft").data.path == str(folder / "data/train.jsonl")
+  assert config("dpo").data.path == str(folder / "pairs/train.jsonl")
+  assert config("dpo").model.path == str(folder / "sft")
+  ppo = config("ppo")
+  assert ppo.data.path == str(folder / "data/train.jsonl")
+  assert ppo.ppo.reward == f"run:{folder}/reward_model"
+  given = experiment("tldr", tmp_path, "a_model")._config("sft").model
+  assert (given.path, given.preset, given.tokenizer) == ("a_model", "", "")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_only_a_model_from_random_weights_has_its_own_optimizer(name):
+  get_config = CONFIGS[name].get_config
+  scratch, given = get_config("sft,cpu"), get_config("sft,cpu,pretrained")
+  assert (scratch.model.preset, given.model.preset) == ("mini", "")
   assert scratch.optimizer.learning_rate == 4e-3
   assert given.optimizer.learning_rate == 1e-5
   assert given.data == scratch.data and given.epochs == scratch.epochs
+  for wrong in ("sft,tpu", "sft,cpu,given", "sft,gpu,pretrained,x"):
+    with pytest.raises(ValueError, match="unknown (scale|start) '.*; known: "):
+      get_config(wrong)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("scale", ["cpu", "gpu", "paper"])
+def test_the_config_of_every_run_is_right(name, scale, tmp_path):
+  module = CONFIGS[name]
+  for loss in ("sft", "reward_model", *TASKS[name].methods):
+    config = module.get_config(f"{loss},{scale}")
+    config.data.path = "x"
+    config.model.path = config.model.path or "x"
+    config.ppo.reward = "run:x" if loss == "ppo" else ""
+    checks.check(config)
 
 
 def test_what_cannot_be_run_is_refused_before_anything_is_written(tmp_path):
   with pytest.raises(ValueError, match="no file 'train.jsonl.xz' in the data"):
     run("hh", tmp_path)
-  write_dialogues(tmp_path)
-  with pytest.raises(ValueError, match="unknown scale 'tpu'; known: cpu"):
-    run("hh", tmp_path, scale="tpu")
-  with pytest.raises(ValueError, match="scale 'paper' needs a pretrained"):
-    preferences.run(
-      str(tmp_path / "run"),
-      CONFIGS["hh"],
-      preference_tasks.HH,
-      data=str(tmp_path),
-      scale="paper",
-    )
   assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_holds_one_experiment(tmp_path):
   write_dialogues(tmp_path)
-  settings = {"task": preference_tasks.HH.title, "scale": "cpu"}
-  settings |= {"data": str(tmp_path), "model": "gpt2"}
-  settings["methods"] = list(preference_tasks.HH.methods)
-  (tmp_path / "run").mkdir()
-  (tmp_path / "run/experiment.json").write_text(json.dumps(settings))
-  with pytest.raises(ValueError, match="of model 'gpt2', not None; give"):
+  other = experiment("hh", tmp_path, "gpt2")
+  other._check()
+  with pytest.raises(ValueError, match="of model 'gpt2', not ''; give"):
     run("hh", tmp_path)
 
 
@@ -244,13 +261,12 @@ def test_bad_flags_end_in_one_line(arguments, error, tmp_path):
 
 def test_the_configs_have_the_papers_settings():
   for name, beta in (("hh", 0.1), ("tldr", 0.5)):
-    config = CONFIGS[name]("dpo")
+    get_config = CONFIGS[name].get_config
+    config = get_config("dpo,paper")
     assert config.loss.beta == beta and config.batch_size == 64
     assert config.optimizer.name == "rmsprop"
     assert config.optimizer.learning_rate == 1e-6
     assert config.optimizer.warmup_steps == 150
-    judge = CONFIGS[name]("reward_model")
+    judge = get_config("reward_model,paper")
     assert judge.checkpoint.metric == "rewards/accuracies"
     assert judge.checkpoint.every == judge.eval.every > 0
-  with pytest.raises(ValueError, match="unknown size 'papers'; known: paper"):
-    hh_dialogue.get_config("dpo,papers")
