@@ -98,6 +98,8 @@ def get_config(argument: str = "dpo"):
     config.checkpoint.every = config.eval.every
   elif loss == "dpo" and scale:  # judged over training
     config.checkpoint.every, config.checkpoint.keep = 400, 100
+  elif loss == "ppo" and scale:
+    config.ppo.max_new_tokens = SCALES[scale]["max_new_tokens"]
   if scale == "cpu":
     scales.set_small(config, loss, 256, start)
   return config

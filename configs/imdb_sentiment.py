@@ -108,7 +108,7 @@ def get_config(argument: str = "dpo"):
     config.data.source = "imdb"
     config.data.max_prompt_length = 16
   if name in WHOLE_REVIEWS:
-    _set_whole_reviews(config, name)
+    _set_whole_reviews(config, name, scale)
   elif loss == "reward_model":
     config.epochs = 3
     config.optimizer.name = "adamw"
@@ -130,7 +130,7 @@ def get_config(argument: str = "dpo"):
   return config
 
 
-def _set_whole_reviews(config, name):
+def _set_whole_reviews(config, name, scale):
   """Sets the classifier, and how its body begins: minutes on two cores."""
   config.data.row_length = 512
   config.microbatch_rows = 8
@@ -139,10 +139,11 @@ def _set_whole_reviews(config, name):
   config.optimizer.warmup_steps = 20
   config.optimizer.clip = 1.0
   if name == "pretraining":
-    config.steps = 380  # half of the reviews
     config.model.path, config.model.preset = "", "mini"
     config.model.tokenizer = "runs/imdb_tokenizer"
-    config.optimizer.learning_rate = 4e-3
+    config.optimizer.learning_rate = 2e-3
+    if scale == "cpu":  # half of the reviews
+      config.steps, config.optimizer.learning_rate = 380, 4e-3
   else:
     config.epochs = 2
     config.model.path = "runs/imdb_pretraining"

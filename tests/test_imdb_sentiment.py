@@ -47,6 +47,13 @@ def test_a_stage_reads_reviews(loss, head, num_steps, reviews, tmp_path):
   assert is_positive == [head == "vocabulary" or x == 1 for x in labels]
 
 
+def test_only_the_small_scale_pretrains_on_half_of_the_reviews():
+  small, whole = (
+    imdb_sentiment.get_config(f"pretraining{scale}") for scale in (",cpu", "")
+  )
+  assert (small.steps, whole.steps, whole.epochs) == (380, 0, 1)
+
+
 def test_the_reward_model_has_three_epochs_and_its_best_accuracy():
   config = imdb_sentiment.get_config("reward_model")
   assert config.epochs == 3

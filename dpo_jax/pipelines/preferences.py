@@ -114,8 +114,8 @@ class _Experiment:
 
   def all_stages(self) -> list[stages.Stage]:
     """Returns all of the experiment, in order."""
-    write = lambda title, output, function, *arguments: stages.writing(
-      title, self.folder / output, functools.partial(function, *arguments)
+    write = lambda title, output, function: stages.writing(
+      title, self.folder / output, function
     )
     train = lambda name: stages.training(
       name, self._config(name), self.folder / name
@@ -182,7 +182,6 @@ class _Experiment:
     if is_ppo:  # It takes the prompts, and its own samples.
       config.data.eval_path = ""
       config.ppo.reward = f"run:{self.folder / 'reward_model'}"
-      config.ppo.max_new_tokens = self.scale.max_new_tokens
     return config
 
   def _write_data(self, path: pathlib.Path) -> None:

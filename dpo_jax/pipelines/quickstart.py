@@ -44,6 +44,8 @@ def run(workdir: str, make_config: Callable[[str], ConfigDict]) -> bool:
     config.model.preset, config.model.path = "", str(sft)
     config.data.source, config.data.path = "jsonl", str(pairs)
     config.data.eval_path = ""
+    # Samples that were cut have no EOS.
+    config.data.max_response_length = MAX_NEW_TOKENS
     label = f"DPO, beta {beta:g}"
     runs[label] = folder / f"dpo_beta_{beta:g}"
     methods.append(stages.training(label, config, runs[label]))

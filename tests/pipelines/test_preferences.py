@@ -33,6 +33,7 @@ def shrunk(get_config):
       config.model.preset = "tiny"
     config.steps, config.batch_size, config.microbatch_rows = 2, 8, 8
     config.data.max_length, config.data.max_prompt_length = 128, 96
+    config.ppo.max_new_tokens = SCALE.max_new_tokens
     if config.checkpoint.every:
       config.checkpoint.every = config.eval.every = 1
     return config
@@ -224,7 +225,10 @@ def test_the_config_of_every_run_is_right(name, scale, tmp_path):
     config = module.get_config(f"{loss},{scale}")
     config.data.path = "x"
     config.model.path = config.model.path or "x"
-    config.ppo.reward = "run:x" if loss == "ppo" else ""
+    if loss == "ppo":
+      config.ppo.reward = "run:x"
+      length = module.SCALES[scale]["max_new_tokens"]
+      assert config.ppo.max_new_tokens == length
     checks.check(config)
 
 
