@@ -19,6 +19,7 @@ class Task:
     pairs: what is trained on, in words.
     judged_by: who chose in `judged`, in words.
     methods: losses whose runs start from the sft model, `dpo` among them.
+    num_shots: examples before a prompt that the given model is shown as it is.
     paper: what the paper found, in words.
     stop: what ends a sampled response besides EOS; empty: nothing.
     is_test: whether a test row's prompt is sampled.
@@ -34,6 +35,7 @@ class Task:
   pairs: str
   judged_by: str
   methods: tuple[str, ...]
+  num_shots: int
   paper: str
   stop: str = ""
   is_test: Callable[[dict], bool] = lambda row: True
@@ -57,6 +59,7 @@ HH = Task(
   judged_by="people",
   # Its sft model has learnt the chosen responses: it is Preferred-FT.
   methods=("unlikelihood", "dpo", "ppo"),
+  num_shots=2,
   paper=(
     "DPO alone, of the methods that take one sample, wins more than 50%"
     " against the chosen responses, about as often as best of 128 (figure 3;"
@@ -80,6 +83,7 @@ TLDR = Task(
   ),
   judged_by="a language model",
   methods=("preferred_ft", "unlikelihood", "dpo", "ppo"),
+  num_shots=0,
   paper=(
     "DPO wins about 61% against the reference summaries at temperature 0, PPO"
     " 57% at its best, also 0 (figure 2 right; GPT-J, judged by GPT-4)"

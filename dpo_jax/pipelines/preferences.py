@@ -9,6 +9,7 @@ is needed. A stage whose output is there is skipped.
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -31,6 +32,7 @@ from dpo_jax.sampling import best_of_n, decode
 TEMPERATURES = (0.0, 0.25, 0.5, 0.75, 1.0)
 # The run that is also judged over its training, as in figure 3 right.
 CURVE, CURVE_TEMPERATURES = "dpo", (0.7, 1.0)
+SHOT_CHARACTERS = 600  # of an example at most
 HELD_OUT_SHARE = 16  # one pair of so many chooses the reward model
 
 
@@ -107,6 +109,12 @@ class _Experiment:
   def reward_fn(self) -> learned.Learned:
     return learned.load(str(self.folder / "reward_model"))
 
+  @property
+  def policies(self) -> list[str]:
+    """Returns the runs that are sampled, and the given model as it is."""
+    prompted = [f"{self.task.num_shots}_shot"] if self.model else []
+    return ["sft", *self.task.methods, *prompted]
+
   def run(self) -> bool:
     """Runs the stages that are not done; returns whether all are."""
     self._check()
@@ -132,7 +140,7 @@ class _Experiment:
         f"samples/{name}_{temperature:g}.jsonl",
         functools.partial(self._sample, name, temperature),
       )
-      for name in ("sft", *self.task.methods)
+      for name in self.policies
       for temperature in TEMPERATURES
     ]
     return [
@@ -271,43 +279,60 @@ class _Experiment:
   ) -> None:
     """Samples a run on the test prompts: N times where the best is chosen."""
     is_many = name == "sft" and temperature > 0
+    before = self._shots() if name.endswith("_shot") else ""
+    test = _read_rows(self.folder / "data/test.jsonl")
     self._write_samples(
       name,
-      [x["prompt"] for x in _read_rows(self.folder / "data/test.jsonl")],
+      [before + x["prompt"] for x in test],
       temperature,
       output,
       seed=2,
       count=self.scale.best_of if is_many else 1,
     )
 
+  def _shots(self) -> str:
+    """Returns the first short examples, as prompts follow them."""
+    rows = _read_rows(self.folder / "data/train.jsonl")
+    texts = (
+      x["prompt"] + x.get("chosen", "") for x in rows if self.task.is_test(x)
+    )
+    short = (x for x in texts if len(x) <= SHOT_CHARACTERS)
+    return "".join(itertools.islice(short, self.task.num_shots))
+
   def _write_samples(
     self, name, prompts, temperature, output, *, seed, count=1, step=None
   ) -> None:
+    length = self._config("sft").data.max_prompt_length
+    source = str(self.folder / name)
+    if name.endswith("_shot"):
+      source, length = self.model, length * (1 + self.task.num_shots)
     policy.write_samples(
-      str(self.folder / name),
+      source,
       prompts,
       decode.Settings(self.scale.max_new_tokens, temperature=temperature),
       str(output),
       seed=seed,
       samples_per_prompt=count,
-      max_prompt_length=self._config(name).data.max_prompt_length,
+      max_prompt_length=length,
       step=step,
     )
 
   def _write_responses(self, path: pathlib.Path) -> None:
     """Writes what is judged, a file a method, and last the baseline's."""
-    rows = []
+    rows, test = [], _read_rows(self.folder / "data/test.jsonl")
     for temperature in TEMPERATURES:
-      for name in ("sft", *self.task.methods):
+      for name in self.policies:
         samples = self.folder / f"samples/{name}_{temperature:g}.jsonl"
-        found = [x | {"response": self._text(x)} for x in _read_rows(samples)]
+        found = [
+          x | {"prompt": test[x["index"]]["prompt"], "response": self._text(x)}
+          for x in _read_rows(samples)
+        ]
         rows += [x | {"method": name} for x in found if x["sample"] == 0]
         if name == "sft" and temperature > 0:
           rows += self._best(found)
     for method in dict.fromkeys(x["method"] for x in rows):
       mine = (x for x in rows if x["method"] == method)
       stages.write_lines(path.with_name(f"{method}.jsonl"), mine)
-    test = _read_rows(self.folder / "data/test.jsonl")
     stages.write_lines(path, test)
 
   def _text(self, sample: Mapping[str, Any]) -> str:
@@ -351,7 +376,8 @@ class _Experiment:
     stages.replace(path, json.dumps(record, indent=2) + "\n")
 
   def _write_win_rates(self, path: pathlib.Path) -> None:
-    methods = ("sft", f"best_of_{self.scale.best_of}", *self.task.methods)
+    sft, *others = self.policies
+    methods = (sft, f"best_of_{self.scale.best_of}", *others)
     files = [self.folder / f"responses/{method}.jsonl" for method in methods]
     self._judge(files, path.parent)
 
@@ -388,7 +414,9 @@ class _Experiment:
     )
 
   def _report(self) -> bool:
-    start = self.model or f"random weights ({self._config('sft').model.preset})"
+    start = f"random weights ({self._config('sft').model.preset})"
+    if self.model:
+      start = f"{self.model}, which is {self.policies[-1]} as it is"
     text = preferences_report.make(
       self.folder, self.task, self.scale.max_new_tokens, start
     )

@@ -103,14 +103,17 @@ def experiment(name, folder, model=""):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["hh", "tldr"])
-def test_the_command_runs_its_stages_once(name, tmp_path):
+@pytest.mark.parametrize(
+  ("name", "model"), [("hh", "stories260K"), ("tldr", None)]
+)
+def test_the_command_runs_its_stages_once(name, model, tmp_path, shared_dir):
   WRITERS[name](tmp_path)
   folder = tmp_path / "run"
+  given = [f"--model={shared_dir}/data/models/{model}"] if model else []
 
   def stages():
     process = test_end_to_end.start(
-      *(name, f"--data={tmp_path}", f"--workdir={folder}"),
+      *(name, f"--data={tmp_path}", f"--workdir={folder}", *given),
       module="tests.small_experiments",
     )
     out, err = process.communicate(timeout=1500)
@@ -124,6 +127,7 @@ def test_the_command_runs_its_stages_once(name, tmp_path):
     *(("sft", 0.0), ("sft", 1.0)),
     ("best_of_2", 1.0),
     *((x, t) for x in TASKS[name].methods for t in (0.0, 1.0)),
+    *(("2_shot", t) for t in (0.0, 1.0) if model),
   ]
   assert {x["num_prompts"] for x in record["cells"]} == {4}
   rates = {cell: x["win_rate"] for cell, x in zip(cells, record["cells"])}
@@ -188,6 +192,28 @@ def test_a_response_ends_where_the_human_would_speak(tmp_path):
   sample = "Rice. \n\nHuman: Why?\n\nAssistant: Oh"
   assert text("hh", sample) == " Rice."
   assert text("tldr", sample) == " " + sample
+
+
+def test_a_given_model_is_shown_examples(tmp_path, monkeypatch):
+  write_dialogues(tmp_path)
+  folder, made = tmp_path / "run", experiment("hh", tmp_path, "a_model")
+  made._write_data(folder / "data.json")
+  calls = []
+  monkeypatch.setattr(
+    preferences.policy,
+    "write_samples",
+    lambda source, prompts, *_, **options: calls.append(
+      (source, prompts, options["max_prompt_length"])
+    ),
+  )
+  made._sample("2_shot", 0.5, folder / "samples/2_shot_0.5.jsonl")
+  ((source, prompts, length),) = calls
+  assert (source, length) == ("a_model", 3 * 96)
+  test = preferences._read_rows(folder / "data/test.jsonl")
+  first, second, *_ = preferences._read_rows(folder / "data/train.jsonl")
+  examples = "".join(x["prompt"] + x["chosen"] for x in (first, second))
+  assert prompts == [examples + x["prompt"] for x in test]
+  assert "2_shot" not in experiment("hh", tmp_path).policies
 
 
 def test_runs_read_the_experiments_own_files(tmp_path):
