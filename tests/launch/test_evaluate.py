@@ -95,8 +95,8 @@ def test_win_rates_come_as_the_readme_says_and_once(run, folder, server):
   command += ["--judge_price=2", "--judge_price=10"]
   done = run(command)
   assert done.returncode == 0, done.stderr
-  assert "| dpo | 1 | 6 | 6 | 6 | 0 | 0 | 0 | 1.0000 |" in done.stdout
-  assert "| sft | 0 | 6 | 6 | 0 | 0 | 6 | 0 | 0.0000 |" in done.stdout
+  assert "| dpo | 1 | - | 6 | 6 | 6 | 0 | 0 | 0 | 1.0000 |" in done.stdout
+  assert "| sft | 0 | - | 6 | 6 | 0 | 0 | 6 | 0 | 0.0000 |" in done.stdout
   asked = len(server.requests)
   assert asked == 24  # texts are the same at both temperatures
   record = json.loads((folder / "runs/mine/wins/win_rate.json").read_text())
