@@ -65,6 +65,8 @@ def _grid(dpo_betas=DPO_BETAS):
   )
 
 
+# Four times the iterations of the others at the scale `cpu`.
+LONG_PPO = {"ppo.target_kl": 6.0, "steps": 160, "checkpoint.every": 20}
 PLANS = {
   # The paper's counts of prefixes and samples; what is not known of the
   # evaluation is ours.
@@ -83,7 +85,11 @@ PLANS = {
     frontier_samples=512,
     max_new_tokens=32,
     vocab_size=4096,
-    grid=_grid((*DPO_BETAS, 0.2)),
+    grid=(
+      *_grid((*DPO_BETAS, 0.2)),
+      ("PPO", "ppo", LONG_PPO | {"ppo.kl_coef": 0.4}),
+      ("PPO-GT", "ppo", LONG_PPO),
+    ),
   ),
 }
 PLANS["gpu"] = PLANS["paper"]
