@@ -43,7 +43,7 @@ MODELS = {
   "paper": "EleutherAI/pythia-2.8b",
   "gpu": "EleutherAI/pythia-410m",
 }
-# See `pipelines.preferences.Scale`.
+# See `pipelines.preference_tasks.Scale`.
 SCALES = {
   "cpu": dict(
     train_rows=2000,

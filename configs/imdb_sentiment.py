@@ -67,6 +67,7 @@ def _grid(dpo_betas=DPO_BETAS):
 
 # Four times the iterations of the others at the scale `cpu`.
 LONG_PPO = {"ppo.target_kl": 6.0, "steps": 160, "checkpoint.every": 20}
+
 PLANS = {
   # The paper's counts of prefixes and samples; what is not known of the
   # evaluation is ours.

@@ -33,7 +33,7 @@ MODELS = {
   "paper": "EleutherAI/gpt-j-6b",
   "gpu": "EleutherAI/pythia-410m",
 }
-# See `pipelines.preferences.Scale`.
+# See `pipelines.preference_tasks.Scale`.
 SCALES = {
   "cpu": dict(
     train_rows=1500,

@@ -87,7 +87,7 @@ def _tldr(workdir: str) -> bool:
 
 
 def _preferences(workdir, configs, task):
-  from dpo_jax.pipelines import preferences
+  from dpo_jax.pipelines import preference_tasks, preferences
 
   start = f"{SCALE.value},pretrained" if MODEL.value else SCALE.value
   return preferences.run(
@@ -95,7 +95,7 @@ def _preferences(workdir, configs, task):
     DATA.value,
     lambda loss: configs.get_config(f"{loss},{start}"),
     task,
-    preferences.Scale(**configs.SCALES[SCALE.value]),
+    preference_tasks.Scale(**configs.SCALES[SCALE.value]),
     model=MODEL.value or "",
   )
 

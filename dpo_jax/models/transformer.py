@@ -418,15 +418,13 @@ def extend(
   return states, found["cache"]
 
 
-def make_cache(prompt: Params, num_rows: int, length: int) -> Params:
-  """Returns room for the keys and values of `length` tokens of each row."""
+def make_cache(prompt: Params, num_rows: int) -> Params:
+  """Returns the cache of rows without tokens of their own yet."""
 
-  def room(like):
-    shape = (num_rows, like.shape[1], length, like.shape[3])
-    empty = jnp.zeros(shape, like.dtype)
-    return sharding.constrain(empty, "rows", "heads", None, None)
+  def empty(like):
+    return jnp.zeros((num_rows, like.shape[1], 0, like.shape[3]), like.dtype)
 
-  return jax.tree.map(room, prompt)
+  return jax.tree.map(empty, prompt)
 
 
 def grow_cache(cache: Params, length: int) -> Params:

@@ -1,7 +1,31 @@
 """What the experiments of `preferences` are made of."""
 
 import dataclasses
+import math
 from collections.abc import Callable
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+  """How much of everything is done.
+
+  Attributes:
+    max_new_tokens: at which length a sample is cut.
+    best_of: samples of a prompt, of which the best is kept.
+    train_rows: rows that are trained on or held out; None: all.
+    test_prompts: None: all.
+    prompt_characters: longer prompts are left out.
+    response_characters: rows with a longer response are.
+    vocab_size: of the tokenizer, where no model is given.
+  """
+
+  max_new_tokens: int
+  best_of: int
+  train_rows: int | None = None
+  test_prompts: int | None = None
+  prompt_characters: float = math.inf
+  response_characters: float = math.inf
+  vocab_size: int = 4096
 
 
 @dataclasses.dataclass(frozen=True)

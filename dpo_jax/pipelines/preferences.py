@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import math
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,8 +23,8 @@ from dpo_jax import policy
 from dpo_jax.checkpoints import manager
 from dpo_jax.data import examples
 from dpo_jax.evaluation import intervals, judges, win_rate_report
-from dpo_jax.pipelines import preferences_report, stages
-from dpo_jax.pipelines.preference_tasks import Task
+from dpo_jax.pipelines import preference_data, preferences_report, stages
+from dpo_jax.pipelines.preference_tasks import Scale, Task
 from dpo_jax.rewards import learned
 from dpo_jax.sampling import best_of_n, decode
 
@@ -33,30 +32,6 @@ TEMPERATURES = (0.0, 0.25, 0.5, 0.75, 1.0)
 # The run that is also judged over its training, as in figure 3 right.
 CURVE, CURVE_TEMPERATURES = "dpo", (0.7, 1.0)
 SHOT_CHARACTERS = 600  # of an example at most
-HELD_OUT_SHARE = 16  # one pair of so many chooses the reward model
-
-
-@dataclasses.dataclass(frozen=True)
-class Scale:
-  """How much of everything is done.
-
-  Attributes:
-    max_new_tokens: at which length a sample is cut.
-    best_of: samples of a prompt, of which the best is kept.
-    train_rows: rows that are trained on or held out; None: all.
-    test_prompts: None: all.
-    prompt_characters: longer prompts are left out.
-    response_characters: rows with a longer response are.
-    vocab_size: of the tokenizer, where no model is given.
-  """
-
-  max_new_tokens: int
-  best_of: int
-  train_rows: int | None = None
-  test_prompts: int | None = None
-  prompt_characters: float = math.inf
-  response_characters: float = math.inf
-  vocab_size: int = 4096
 
 
 def run(
@@ -193,64 +168,7 @@ class _Experiment:
     return config
 
   def _write_data(self, path: pathlib.Path) -> None:
-    """Writes what is trained on, held out and tested on, and its counts."""
-    kept, counts = self._read(self.task.train, "train", self.scale.train_rows)
-    stages.write_lines(
-      self.folder / "data/train.jsonl",
-      (x for n, x in enumerate(kept) if n % HELD_OUT_SHARE),
-    )
-    held_out = kept[::HELD_OUT_SHARE]
-    stages.write_lines(self.folder / "data/held_out.jsonl", held_out)
-    trained_on = {x["prompt"] for x in kept}
-    test, test_counts = self._read(
-      self.task.test,
-      "test",
-      self.scale.test_prompts,
-      lambda x: self.task.is_test(x) and x["prompt"] not in trained_on,
-    )
-    stages.write_lines(self.folder / "data/test.jsonl", test)
-    record = {"train": counts, "held_out": len(held_out), "test": test_counts}
-    print(f"data: {json.dumps(record)}", flush=True)
-    stages.replace(path, json.dumps(record, indent=2) + "\n")
-
-  def _read(
-    self,
-    name: str,
-    split: str,
-    limit: int | None,
-    is_wanted: Callable[[dict], bool] = lambda _: True,
-  ) -> tuple[list[dict], dict[str, int]]:
-    """Returns rows of distinct prompts that fit, and what became of all."""
-    inputs = "pairs" if self.task.has_pairs else "demonstrations"
-    found, counts = {}, {"read": 0}
-    path = str(self.data / name)
-    for row in examples.read(
-      self.task.source, path, split=split, inputs=inputs
-    ):
-      counts["read"] += 1
-      reason = row.get("dropped") or self._reason(row, is_wanted, found)
-      if reason is None and limit is not None and len(found) == limit:
-        reason = "more than this scale takes"
-      if reason:
-        counts[reason] = counts.get(reason, 0) + 1
-      else:
-        found[row["prompt"]] = row
-    if len(found) < 2:
-      raise ValueError(f"{path!r}: too few rows are kept: {counts}")
-    return list(found.values()), counts | {"kept": len(found)}
-
-  def _reason(self, row, is_wanted, found) -> str | None:
-    """Returns why a row is left out; None where it is not."""
-    texts = [row[x] for x in ("chosen", "rejected", "response") if x in row]
-    if not (row["prompt"].strip() and all(x.strip() for x in texts)):
-      return "empty prompt or response"
-    if row["prompt"] in found:
-      return "prompt seen before"
-    if len(row["prompt"]) > self.scale.prompt_characters:
-      return "long prompt"
-    if max(map(len, texts)) > self.scale.response_characters:
-      return "long response"
-    return None if is_wanted(row) else "not a prompt of the test"
+    preference_data.write(path, self.data, self.task, self.scale)
 
   def _write_tokenizer(self, path: pathlib.Path) -> None:
     data = str(self.folder / "data/train.jsonl")
@@ -292,12 +210,21 @@ class _Experiment:
 
   def _shots(self) -> str:
     """Returns the first short examples, as prompts follow them."""
+    count = self.task.num_shots
     rows = _read_rows(self.folder / "data/train.jsonl")
     texts = (
-      x["prompt"] + x.get("chosen", "") for x in rows if self.task.is_test(x)
+      x["prompt"] + preference_data.response(x)
+      for x in rows
+      if self.task.is_test(x)
     )
     short = (x for x in texts if len(x) <= SHOT_CHARACTERS)
-    return "".join(itertools.islice(short, self.task.num_shots))
+    found = list(itertools.islice(short, count))
+    if len(found) < count:
+      raise ValueError(
+        f"{self.folder}: only {len(found)} examples of at most"
+        f" {SHOT_CHARACTERS} characters for {count} shots"
+      )
+    return "".join(found)
 
   def _write_samples(
     self, name, prompts, temperature, output, *, seed, count=1, step=None

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dpo_jax.evaluation import win_rate_report
-from dpo_jax.pipelines import stages
+from dpo_jax.pipelines import preference_data, stages
 from dpo_jax.pipelines.preference_tasks import Task
 
 
@@ -98,9 +98,7 @@ def _characters(
   lines = (folder / f"responses/{method}.jsonl").read_text().splitlines()
   rows = [json.loads(line) for line in lines]
   here = [x for x in rows if x.get("temperature") == temperature]
-  return statistics.fmean(
-    len(x["response"] if "response" in x else x["chosen"]) for x in here
-  )
+  return statistics.fmean(len(preference_data.response(x)) for x in here)
 
 
 def _agreement_row(name: str, found: Mapping[str, Any]) -> str:

@@ -305,7 +305,7 @@ def _sample_rows(
     jnp.zeros(shape, jnp.float32),
     first_positions[:, 0] == 0,
   )
-  cache = transformer.make_cache(prompt, num_rows, 0)
+  cache = transformer.make_cache(prompt, num_rows)
   carry = (jnp.int32(1), cache, *drawn)
   for room in _rooms(max_new_tokens - 1):  # The last token is never read.
     step, cache, *drawn = carry

@@ -12,7 +12,7 @@ from dpo_jax.pipelines import preference_tasks, preferences, stages
 from tests import test_end_to_end
 
 WORDS = "rice soup tea bread cheese apple salt pepper onion egg".split()
-SCALE = preferences.Scale(
+SCALE = preference_tasks.Scale(
   train_rows=48,
   test_prompts=4,
   max_new_tokens=4,
@@ -213,6 +213,9 @@ def test_a_given_model_is_shown_examples(tmp_path, monkeypatch):
   first, second, *_ = preferences._read_rows(folder / "data/train.jsonl")
   examples = "".join(x["prompt"] + x["chosen"] for x in (first, second))
   assert prompts == [examples + x["prompt"] for x in test]
+  monkeypatch.setattr(preferences, "SHOT_CHARACTERS", 1)
+  with pytest.raises(ValueError, match="only 0 examples of at most 1 charac"):
+    made._sample("2_shot", 0.5, folder / "samples/2_shot_0.5.jsonl")
   assert "2_shot" not in experiment("hh", tmp_path).policies
 
 
