@@ -10,6 +10,7 @@ from pyarrow import parquet
 
 from dpo_jax.data import jsonl
 
+ROW = b"{}\n"
 ROWS = [{"prompt": "a", "n": 1}, {"prompt": "ü\u2028", "n": 2}]
 
 
@@ -54,17 +55,18 @@ def test_broken_line_is_named(lines, message, write_lines):
     ("rows.csv", b"", r"allowed: a file \*.jsonl, .jsonl.gz, .jsonl.xz, .par"),
     ("rows.jsonl", b"\xff\xfe", "cannot be read"),
     ("rows.jsonl.gz", b"no gzip", "cannot be read"),
-    ("rows.jsonl.gz", gzip.compress(b"{}\n" * 99)[:-9], "cannot be read"),
+    ("rows.jsonl.gz", gzip.compress(ROW * 99, mtime=0)[:-9], "cannot be read"),
     ("rows.jsonl.xz", b"no xz", "cannot be read"),
     ("rows.parquet", b"no parquet", "cannot be read"),
   ],
+  ids=["csv", "utf-16", "no gzip", "cut gzip", "no xz", "no parquet"],
 )
 def test_unreadable_file_is_named(name, content, message, tmp_path):
   path = tmp_path / name
   path.write_bytes(content)
-  with pytest.raises(ValueError, match=f"{name}' {message}|{message}") as error:
+  with pytest.raises(ValueError, match=f"{name}' .*{message}") as error:
     list(jsonl.read(str(path), ""))
-  assert name in str(error.value) and "\n" not in str(error.value)
+  assert "\n" not in str(error.value)
 
 
 def test_missing_file_and_folder_are_refused(tmp_path):
