@@ -54,9 +54,8 @@ def whole_text(
   if isinstance(response, str):
     return before + response
   whole = _apply(tokenizer, prompt, response)
-  written = _squeeze(whole[len(before) :])
   said = [x.get("content") for x in response]
-  is_whole = all(_squeeze(x) in written for x in said if isinstance(x, str))
+  is_whole = all(_is_said(x, before, whole) for x in said if isinstance(x, str))
   if not is_whole or not whole.startswith(before):
     whole = _continued(tokenizer, prompt, response, before, whole)
   ended = whole.rstrip()
@@ -171,6 +170,13 @@ def _is_written(message, text, render_with) -> bool:
     return not stripped or is_there or SLOT in render_with(SLOT)
   said = [part["text"] for part in found if isinstance(part.get("text"), str)]
   return str(found) not in text and all(x.strip() in text for x in said)
+
+
+def _is_said(said: str, before: str, whole: str) -> bool:
+  """Returns whether a content ends behind the prompt, but for its spaces."""
+  said, behind = _squeeze(said), _squeeze(whole[len(before) :])
+  opened = _squeeze(before)[-len(said) :][1:]  # may be the content's beginning
+  return said in opened + behind
 
 
 def _squeeze(text: str) -> str:

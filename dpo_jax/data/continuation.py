@@ -11,6 +11,9 @@ would reach over the border, the border stays between tokens. The response is
 then tokenised alone, by a copy of the tokenizer that puts nothing in front:
 
   "Hello wor" + "ld"                  ▁Hello ▁wor | ld
+
+A wordpiece tokenizer, which marks the middle of a word, takes such a response
+for a new word.
 """
 
 import functools

@@ -235,7 +235,10 @@ def decode(
 ) -> tuple[list[str], list[str]]:
   """Returns the texts of prompts and of responses, without special tokens.
 
-  A response has the space before its first word, where decoding both shows it.
+  A response has the space before its first word, where decoding both shows it,
+  so that `encode_responses` gives its tokens back. Of tokens that no text has,
+  such as a word in more pieces than the tokenizer makes of it, or bytes that
+  are no character, it gives others, which read the same.
   """
   decode_all = functools.partial(
     tokenizer.batch_decode,

@@ -98,6 +98,19 @@ def test_a_response_continues_what_the_generation_prompt_opens(make_tokenizer):
   assert behind == "easy\n</think>\n\n4</s>"
 
 
+def test_a_response_may_begin_in_the_generation_prompt(make_tokenizer):
+  """Its beginning is written there, as Qwen3.5's template does."""
+  template = THINKING.replace(
+    "[assistant]{{ m.content.split('</think>')[-1] }}",
+    "[assistant]<think>\n{{ m.content.removeprefix('<think>').strip() }}",
+  )
+  tokenizer = make_tokenizer(template=template)
+  response = [says("<think>easy\n</think>4")]
+  before, behind = texts(tokenizer, [says("2+2?", "user")], response)
+  assert before == "[user]2+2?[assistant]<think>\n"
+  assert behind == "easy\n</think>4</s>"
+
+
 def test_a_thought_that_the_template_drops_is_kept(make_tokenizer):
   template = THINKING.replace("]<think>\n{% endif", "]{% endif")
   tokenizer = make_tokenizer(template=template)

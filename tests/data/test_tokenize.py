@@ -41,7 +41,7 @@ def run(
   return list(zip(*columns)), report
 
 
-def test_prompt_and_response_are_tokenised_apart(shared_dir):
+def test_no_token_reaches_from_a_prompt_into_its_response(shared_dir):
   path = str(shared_dir / "data/tokenizers/gpt2_tokenizer.json")
   tokenizer = tokenize.load_tokenizer(path)
   tokens, _ = tokenize.tokenize(
