@@ -102,7 +102,9 @@ def read(source: str, path: str, *, split: str, inputs: str) -> Iterator[dict]:
       row = {name: messages.without_nulls(x) for name, x in row.items()}
     place = where(path, number)
     row, tools = _split_tools(row)
-    example = _without_later_turns(make_example(row, place))
+    example = make_example(row, place)
+    if inputs != "prompts" and not _is_by_assistant(example):
+      example = {"dropped": messages.LATER_TURNS}
     if tools and isinstance(example.get("prompt"), list):
       tools = _get_tools(tools, place)
       example["prompt"] = {"messages": example["prompt"], "tools": tools}
@@ -141,13 +143,11 @@ def _rows(source: str, path: str, split: str) -> Iterator[dict]:
   return SOURCES[source].read(path, split)
 
 
-def _without_later_turns(example: dict) -> dict:
-  """Returns an example, dropped where others speak in a response of it."""
+def _is_by_assistant(example: dict) -> bool:
+  """Returns whether nobody else speaks in an example's responses."""
   responses = [example.get(x, "") for x in ("chosen", "rejected", "response")]
   responses += example.get("responses", [])
-  if all(map(messages.is_by_assistant, responses)):
-    return example
-  return {"dropped": messages.LATER_TURNS}
+  return all(map(messages.is_by_assistant, responses))
 
 
 def _make_pair(row: dict, where: str) -> dict:

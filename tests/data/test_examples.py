@@ -86,6 +86,8 @@ TURNS = [GOOD, USER, GOOD]
 )
 def test_a_response_with_later_turns_is_dropped_and_says_why(row, inputs, read):
   assert read(row, inputs=inputs) == [LATER]
+  if inputs != "ranked":  # the prompt is one all the same
+    assert read(row, inputs="prompts")[0]["prompt"] == [USER]
 
 
 TOOLS = [{"type": "function", "function": {"name": "f", "x": None}}]
