@@ -15,7 +15,7 @@ import tqdm
 
 from dpo_jax import sharding
 from dpo_jax.checkpoints import source
-from dpo_jax.data import dataset, examples, loader, packing, tokenize
+from dpo_jax.data import chat, dataset, examples, loader, packing, tokenize
 from dpo_jax.losses import objectives
 from dpo_jax.models import transformer
 from dpo_jax.sampling import decode
@@ -208,7 +208,7 @@ def write_samples(
         done[index] = [
           {"index": index, "sample": number, "prompt": prompts[index]} | line
           for number, line in enumerate(
-            _lines(policy, tokens[index], samples, shown)
+            _lines(policy, prompts[index], tokens[index], samples, shown)
           )
         ]
         file.write(json.dumps({"index": index, "lines": done[index]}) + "\n")
@@ -233,17 +233,17 @@ def write_samples(
     part.unlink()
 
 
-def _lines(policy, prompt, samples, shown):
+def _lines(policy, prompt, ids, samples, shown):
   """Returns what the file says of the samples of a prompt."""
   return [
-    {"response": text}
+    {"response": chat.content(policy.tokenizer, prompt, text)}
     | shown
     | {
       "num_tokens": len(sample.tokens),
       "ended": sample.tokens[-1] == policy.tokenizer.eos_token_id,
       "logp": float(sample.logps.sum(dtype=np.float64)),
     }
-    for sample, text in zip(samples, policy.responses(prompt, samples))
+    for sample, text in zip(samples, policy.responses(ids, samples))
   ]
 
 

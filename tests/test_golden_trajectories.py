@@ -1,7 +1,8 @@
 """Twelve updates from the command a user types, beside TRL's own numbers.
 
 The golden runs (model, pairs, settings, TRL 1.16.0's metrics of every step)
-lie in the shared folder, `golden/trl_trajectory_{llama,gpt2}`.
+lie in the shared folder, `golden/trl_trajectory_{llama,gpt2,sentencepiece}`.
+The tokenizer of the last puts a space in front of every text.
 """
 
 import json
@@ -27,14 +28,14 @@ RUNS = {
 }
 
 
-QUICK = [("llama", "wpo"), ("gpt2", "sigmoid")]
+QUICK = [("llama", "wpo"), ("gpt2", "sigmoid"), ("sentencepiece", "ipo")]
 ALL = [
   pytest.param(
     family,
     run,
     marks=[] if (family, run) in QUICK else [pytest.mark.slow],
   )
-  for family in ("llama", "gpt2")
+  for family in ("llama", "gpt2", "sentencepiece")
   for run in RUNS
 ]
 

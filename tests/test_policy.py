@@ -40,10 +40,16 @@ def test_greedy_of_a_pretrained_model_is_its_published_text(policy):
   assert whole.startswith(PROMPTS[0] + STORY)
 
 
-def test_logps_of_samples_are_those_of_the_training_primitive(policy):
+@pytest.fixture(scope="module")
+def sampled(policy):
+  """Returns the tokens of `PROMPTS`, and four samples of each."""
   prompts = tokenize.encode_prompts(policy.tokenizer, PROMPTS)
   settings = decode.Settings(40, temperature=0.8, top_p=0.9)
-  found = policy.sample(prompts, settings, seed=0, samples_per_prompt=4)
+  return prompts, policy.sample(prompts, settings, seed=0, samples_per_prompt=4)
+
+
+def test_logps_of_samples_are_those_of_the_training_primitive(policy, sampled):
+  prompts, found = sampled
   samples = [sample for samples in found for sample in samples]
   scored = policy.logps(
     [prompt for prompt in prompts for _ in range(4)],
@@ -52,6 +58,54 @@ def test_logps_of_samples_are_those_of_the_training_primitive(policy):
   sampled = [sample.logps.sum() for sample in samples]
   assert min(scored) < -10
   np.testing.assert_allclose(sampled, scored, atol=1e-4 * 40)
+
+
+def test_a_response_behind_a_prompt_has_the_logps_of_the_whole_text(policy):
+  """Values of transformers 5.23, float32: the whole text, cut behind prompts.
+
+  The tokenizer puts a space in front of every text that it is given.
+  """
+  story = "Once upon a time, there was a little girl named"
+  rows = [
+    (story, " Lily. She loved to play.", -31.600),
+    (story, " Tom. He was sad.", -42.480),
+    ("Once upon a time,\n", "there was a girl.", -60.466),
+  ]
+  prompts, responses, expected = map(list, zip(*rows, strict=True))
+  logps = policy.logps(
+    tokenize.encode_prompts(policy.tokenizer, prompts),
+    tokenize.encode_responses(policy.tokenizer, prompts, responses),
+  )
+  np.testing.assert_allclose(logps, expected, atol=1e-3)
+
+
+def test_sampled_responses_come_back_as_the_tokens_that_were_sampled(
+  policy, sampled
+):
+  prompts, found = sampled
+  for text, prompt, samples in zip(PROMPTS, prompts, found, strict=True):
+    responses = policy.responses(prompt, samples)
+    again = tokenize.encode_responses(policy.tokenizer, [text] * 4, responses)
+    for sample, ids in zip(samples, again, strict=True):
+      assert ids[: len(sample.tokens)] == sample.tokens
+
+
+def test_a_sampled_reply_is_the_content_of_its_message(policy, monkeypatch):
+  """The space that this template puts in front of it is not said twice."""
+  template = (
+    "{% for m in messages %} {{ m.content }}{{ '' if loop.last else ':' }}"
+  )
+  template += "{% endfor %}{{ ':' if add_generation_prompt }}"
+  tokenizer = policy.tokenizer
+  monkeypatch.setattr(tokenizer, "chat_template", template)
+  chat = [{"role": "user", "content": "Tom"}]
+  reply = [{"role": "assistant", "content": "there was"}]
+  (prompt,) = tokenize.encode_prompts(tokenizer, [chat])
+  (ids,) = tokenize.encode_responses(tokenizer, [chat], [reply])
+  sample = decode.Sample(ids, np.zeros(len(ids), np.float32))
+  (line,) = policy_lib._lines(policy, chat, prompt, [sample], {})
+  assert tokenizer.convert_ids_to_tokens(ids[:2]) == ["▁there", "▁was"]
+  assert line["response"] == "there was"
 
 
 def _write(folder, output, **options):

@@ -6,6 +6,7 @@ The hash covers the content of the data, the tokenizer, the lengths and
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -25,7 +26,7 @@ from dpo_jax.data import examples, tokenize
 from dpo_jax.data.packing import PairTokens, Ragged
 
 # To be raised with any change of what a row is tokenised to.
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 SCORE_GAPS = "score_gaps"
 REPORT = "report.json"
 
@@ -186,7 +187,12 @@ def _tokenize(
   settings: dict[str, Any],
 ) -> tuple[PairTokens, tokenize.Report]:
   """Returns tokens and report; at least one row is kept."""
-  tokens, report = tokenize.tokenize(rows, tokenizer, **settings)
+  tokens, report = tokenize.tokenize(
+    rows,
+    tokenizer,
+    where=functools.partial(examples.where, path),
+    **settings,
+  )
   if report.kept == 0:
     reasons = (f"{reason} ({n})" for reason, n in report.dropped.items())
     raise ValueError(

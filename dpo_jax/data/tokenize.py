@@ -1,25 +1,25 @@
-"""Examples to token ids: prompt and responses apart, special tokens once.
+"""Examples to token ids: prompt and responses as one text, cut between them.
 
-Tokenised together, a prompt and a response could merge across the boundary,
-so each is tokenised alone. A prompt gets the beginning-of-sequence token if
-the tokenizer adds one; a response ends with the end-of-sequence token, unless
-truncation cut it off. Messages go through the tokenizer's chat template,
-which writes all special tokens itself.
+A response's tokens stand behind its prompt's in the one text that both make
+(see `continuation`), which is where a model samples them. A prompt gets the
+beginning-of-sequence token if the tokenizer adds one; a response ends with the
+end-of-sequence token, unless truncation cut it off. Messages go through the
+tokenizer's chat template (see `chat`), which writes all special tokens itself.
 """
 
 import array
+import contextlib
 import dataclasses
 import functools
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-import jinja2
 import numpy as np
 import transformers
 
-from dpo_jax.data import examples
+from dpo_jax.data import chat, continuation, examples
 from dpo_jax.data.packing import PairTokens, Ragged
 
 CHUNK_ROWS = 1024  # rows that are given to the tokenizer at once
@@ -126,6 +126,7 @@ def tokenize(
   max_length: int,
   max_prompt_length: int,
   max_response_length: int = 0,
+  where: Callable[[int], str] = "row {}".format,
 ) -> tuple[PairTokens, Report]:
   """Returns the tokens of the rows that are kept, and what became of all.
 
@@ -143,9 +144,11 @@ def tokenize(
     max_length: tokens in prompt and response together, at least 1.
     max_prompt_length: tokens in a prompt, at least 1.
     max_response_length: tokens in a response, EOS among them; 0: no bound.
+    where: returns the place of a row, counted from 1, for an error.
 
   Raises:
-    ValueError: a length out of range, messages without a chat template.
+    ValueError: a length out of range, or messages that the tokenizer's chat
+      template cannot write.
   """
   for name, value, least in (
     ("max_length", max_length, 1),
@@ -160,7 +163,7 @@ def tokenize(
   score_gaps = array.array("f")
   rows = iter(rows)
   while chunk := list(itertools.islice(rows, CHUNK_ROWS)):
-    for row, lists in _tokenize_chunk(chunk, tokenizer, report):
+    for row, lists in _tokenize_chunk(chunk, tokenizer, report, where):
       kept = _truncate(lists, *lengths, report)
       if kept:
         while len(columns) < len(kept):  # a list longer than those before it
@@ -193,17 +196,13 @@ def encode_prompts(
   token where there is no other.
 
   Raises:
-    ValueError: messages, and a tokenizer without a chat template.
+    ValueError: messages that the tokenizer's chat template cannot write.
   """
-  texts = [_render_prompt(tokenizer, prompt) for prompt in prompts]
-  bos = tokenizer.bos_token_id
-  adds_bos = bos is not None and tokenizer("").input_ids[:1] == [bos]
-  empty = [tokenizer.eos_token_id if bos is None else bos]
-  encoded = _encode(tokenizer, texts)
-  for prompt, ids in zip(prompts, encoded, strict=True):
-    if adds_bos and isinstance(prompt, str) and ids[:1] != [bos]:
-      ids.insert(0, bos)
-  return [ids or empty for ids in encoded]
+  texts = []
+  for number, prompt in enumerate(prompts, 1):
+    with _naming(f"prompt {number} of {len(prompts)}"):
+      texts.append(chat.prompt_text(tokenizer, prompt))
+  return _encode_prompts(tokenizer, prompts, texts)
 
 
 def encode_responses(
@@ -213,20 +212,20 @@ def encode_responses(
 ) -> list[list[int]]:
   """Returns the token ids of responses, each ended by one EOS token.
 
+  They continue the ids that `encode_prompts` has of their prompts.
+
   Raises:
-    ValueError: messages, and a tokenizer whose chat template is missing or
-      writes a prompt differently once its response is there.
+    ValueError: messages that the tokenizer's chat template cannot write, or
+      whose prompt it writes differently once its response is there.
   """
-  texts = [
-    _render_response(tokenizer, prompt, response)
-    for prompt, response in zip(prompts, responses, strict=True)
-  ]
-  eos = tokenizer.eos_token_id
-  encoded = _encode(tokenizer, texts)
-  for ids in encoded:
-    if ids[-1:] != [eos]:
-      ids.append(eos)
-  return encoded
+  texts = []
+  pairs = zip(prompts, responses, strict=True)
+  for number, (prompt, response) in enumerate(pairs, 1):
+    with _naming(f"response {number} of {len(responses)}"):
+      before = chat.prompt_text(tokenizer, prompt)
+      whole = chat.whole_text(tokenizer, prompt, response, before)
+    texts.append((before, whole))
+  return _encode_responses(tokenizer, texts)
 
 
 def decode(
@@ -236,10 +235,15 @@ def decode(
 ) -> tuple[list[str], list[str]]:
   """Returns the texts of prompts and of responses, without special tokens.
 
-  A response has the space before its first word, where decoding both shows it.
+  A response has the space before its first word, where decoding both shows it,
+  so that `encode_responses` gives its tokens back. Of tokens that no text has,
+  such as a word in more pieces than the tokenizer makes of it, or bytes that
+  are no character, it gives others, which read the same.
   """
   decode_all = functools.partial(
-    tokenizer.batch_decode, skip_special_tokens=True
+    tokenizer.batch_decode,
+    skip_special_tokens=True,
+    clean_up_tokenization_spaces=False,  # it takes away spaces of the text
   )
   before, alone = decode_all(prompts), decode_all(responses)
   both = decode_all([[*p, *r] for p, r in zip(prompts, responses, strict=True)])
@@ -250,27 +254,33 @@ def decode(
 
 
 def _tokenize_chunk(
-  rows: list[dict], tokenizer: Tokenizer, report: Report
+  rows: list[dict],
+  tokenizer: Tokenizer,
+  report: Report,
+  where: Callable[[int], str],
 ) -> Iterator[tuple[dict, tuple[list[int], ...]]]:
   """Yields rows that are not dropped, with tokens of prompt and responses."""
-  report.read += len(rows)
-  for row in rows:
+  kept, befores, wholes = [], [], []
+  for number, row in enumerate(rows, report.read + 1):
     if "dropped" in row:
       report.drop(row["dropped"])
-  rows = [row for row in rows if "dropped" not in row]
-  if not rows:
-    return
-  responses = [_responses(row) for row in rows]
-  prompts = encode_prompts(tokenizer, [row["prompt"] for row in rows])
-  present = [
-    (row["prompt"], text)
-    for row, texts in zip(rows, responses, strict=True)
-    for text in texts
-    if text is not None
-  ]
-  encoded = iter(encode_responses(tokenizer, *zip(*present, strict=True)))
-  for row, prompt, texts in zip(rows, prompts, responses, strict=True):
-    yield row, (prompt, *([] if x is None else next(encoded) for x in texts))
+      continue
+    with _naming(where(number)):
+      before = chat.prompt_text(tokenizer, row["prompt"])
+      present = [
+        chat.whole_text(tokenizer, row["prompt"], response, before)
+        for response in _responses(row)
+        if response is not None
+      ]
+    kept.append(row)
+    befores.append(before)
+    wholes.extend((before, whole) for whole in present)
+  report.read += len(rows)
+  prompts = _encode_prompts(tokenizer, [x["prompt"] for x in kept], befores)
+  encoded = iter(_encode_responses(tokenizer, wholes))
+  for row, prompt in zip(kept, prompts, strict=True):
+    columns = [[] if x is None else next(encoded) for x in _responses(row)]
+    yield row, (prompt, *columns)
 
 
 def _responses(row: dict) -> list[examples.Text | None]:
@@ -306,61 +316,44 @@ def _truncate(
   return kept_prompt, *kept
 
 
-def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-  if not texts:
-    return []
-  return tokenizer(
-    texts,
-    add_special_tokens=False,
-    return_attention_mask=False,
-    return_token_type_ids=False,
-    verbose=False,  # no warning about lengths, which are cut later
-  )["input_ids"]
+def _encode_prompts(
+  tokenizer: Tokenizer, prompts: list[examples.Text], texts: list[str]
+) -> list[list[int]]:
+  """Returns the token ids of prompts, whose texts are given as well."""
+  bos = tokenizer.bos_token_id
+  adds_bos = bos is not None and tokenizer("").input_ids[:1] == [bos]
+  empty = [tokenizer.eos_token_id if bos is None else bos]
+  encoded = continuation.encode(tokenizer, texts)
+  for prompt, ids in zip(prompts, encoded, strict=True):
+    if adds_bos and isinstance(prompt, str) and ids[:1] != [bos]:
+      ids.insert(0, bos)
+  return [ids or empty for ids in encoded]
 
 
-def _render_prompt(tokenizer: Tokenizer, prompt: examples.Text) -> str:
-  if isinstance(prompt, str):
-    return prompt
-  return _apply_template(tokenizer, prompt, add_generation_prompt=True)
+def _encode_responses(
+  tokenizer: Tokenizer, texts: list[tuple[str, str]]
+) -> list[list[int]]:
+  """Returns the token ids of responses, each ended by one EOS token.
+
+  Args:
+    tokenizer: of the texts.
+    texts: of each response its prompt, and prompt and response as one text.
+  """
+  eos = tokenizer.eos_token_id
+  encoded = continuation.encode_behind(tokenizer, texts)
+  for ids in encoded:
+    if ids[-1:] != [eos]:
+      ids.append(eos)
+  return encoded
 
 
-def _render_response(
-  tokenizer: Tokenizer, prompt: examples.Text, response: examples.Text
-) -> str:
-  """Returns the text of a response, up to the EOS token that ends it."""
-  if isinstance(response, str):
-    return response
-  before = _render_prompt(tokenizer, prompt)
-  whole = _apply_template(
-    tokenizer, prompt + response, add_generation_prompt=False
-  )
-  if not whole.startswith(before):
-    raise ValueError(
-      "the tokenizer's chat template writes a prompt differently once its"
-      f" response is there: {before[-40:]!r} is not in {whole!r}"
-    )
-  text = whole[len(before) :]
-  ended = text.rstrip()
-  return ended if ended.endswith(tokenizer.eos_token) else text
-
-
-def _apply_template(
-  tokenizer: Tokenizer, messages: list[dict], *, add_generation_prompt: bool
-) -> str:
-  if tokenizer.chat_template is None:
-    raise ValueError(
-      "the data holds chat messages, and the tokenizer"
-      f" {tokenizer.name_or_path!r} has no chat template; allowed: strings,"
-      " or a tokenizer with one"
-    )
+@contextlib.contextmanager
+def _naming(place: str) -> Iterator[None]:
+  """Says in an error which text it is about."""
   try:
-    return tokenizer.apply_chat_template(
-      messages, tokenize=False, add_generation_prompt=add_generation_prompt
-    )
-  except jinja2.TemplateError as error:
-    raise ValueError(
-      f"the tokenizer's chat template refuses {messages!r}: {error}"
-    ) from error
+    yield
+  except ValueError as error:
+    raise ValueError(f"{place}: {error}") from error
 
 
 class _Lists:

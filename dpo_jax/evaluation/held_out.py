@@ -163,6 +163,7 @@ def _tokenize(rows, path, tokenizer, settings):
       max_length=settings.max_length,
       max_prompt_length=settings.max_prompt_length,
       max_response_length=settings.max_response_length,
+      where=lambda _, number=number: examples.where(path, number),
     )
     dropped.update(report.dropped)
     kept += report.kept

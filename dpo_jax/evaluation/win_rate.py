@@ -14,7 +14,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from dpo_jax.data import examples, jsonl
+from dpo_jax.data import examples, jsonl, messages
 from dpo_jax.evaluation import intervals, judges
 from dpo_jax.evaluation.judges import Decision
 
@@ -230,9 +230,13 @@ def _as_text(value: examples.Text) -> str:
   """Returns messages as a transcript, one alone as what it says."""
   if isinstance(value, str):
     return value
+  if isinstance(value, dict):  # messages with tools
+    value = value["messages"]
+  said = [messages.text(message) for message in value]
   if len(value) == 1:
-    return value[0]["content"]
-  return "\n\n".join(f"{x['role'].title()}: {x['content']}" for x in value)
+    return said[0]
+  turns = zip(value, said, strict=True)
+  return "\n\n".join(f"{x['role'].title()}: {text}" for x, text in turns)
 
 
 def _temperature(row: dict[str, Any], where: str) -> float | None:

@@ -38,7 +38,7 @@ from ml_collections import ConfigDict
 from dpo_jax import experiment, trainer
 from dpo_jax import policy as policy_lib
 from dpo_jax.checkpoints import run_folder
-from dpo_jax.data import tokenize
+from dpo_jax.data import chat, tokenize
 from dpo_jax.evaluation import frontier
 from dpo_jax.losses import objectives
 from dpo_jax.pipelines import stages
@@ -265,6 +265,10 @@ def _sample(path, prompts, settings, plain, number) -> list[dict[str, Any]]:
   prompts, tokens, places = map(repeat, (prompts, tokens, places))
   responses = [sample.tokens for sample in samples]
   _, texts = tokenize.decode(model.tokenizer, tokens, responses)
+  texts = [
+    chat.content(model.tokenizer, prompt, text)
+    for prompt, text in zip(prompts, texts, strict=True)
+  ]
   if path != settings.policy:
     del model  # its room is for the first policy
     model = policy_lib.Policy(settings.policy, dtype=dtype)

@@ -154,7 +154,7 @@ class Learned:
     """Returns f32[n], the score of each response behind its prompt.
 
     Tokens are those of training: prompts cut from the left, responses from the
-    right, tokenised apart. What else is asked for in the same call changes a
+    right. What else is asked for in the same call changes a
     score by rounding at most.
 
     Raises:

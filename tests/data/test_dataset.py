@@ -69,6 +69,14 @@ def test_take_gives_the_pairs_asked_for_in_order(load):
   assert tokens.lengths.dtype == np.int32
 
 
+def test_an_error_of_the_tokens_names_file_and_line(load, tmp_path):
+  chat = [{"role": "assistant", "content": "a"}]
+  row = {"prompt": chat, "chosen": chat, "rejected": chat}
+  place = f"^{tmp_path}/pairs.jsonl, line 6: the data holds chat messages"
+  with pytest.raises(ValueError, match=place):
+    load([*PAIRS, row])
+
+
 def test_tables_of_several_sliced_chunks_read_as_one():
   lists = [[[10 * i + j] * (j + i % 3) for i in range(9)] for j in (1, 2, 3)]
   whole = dataset.TokenDataset.from_lists(*lists)

@@ -41,7 +41,7 @@ def run(
   return list(zip(*columns)), report
 
 
-def test_prompt_and_response_are_tokenised_apart(shared_dir):
+def test_no_token_reaches_from_a_prompt_into_its_response(shared_dir):
   path = str(shared_dir / "data/tokenizers/gpt2_tokenizer.json")
   tokenizer = tokenize.load_tokenizer(path)
   tokens, _ = tokenize.tokenize(
@@ -219,12 +219,19 @@ def test_messages_without_a_usable_template_are_refused(make_tokenizer):
   rows = [pair([USER], [GOOD], [GOOD])]
   for template, message in (
     (None, "has no chat template"),
-    ("{{ messages|length }}", "differently once"),
+    ("{{ messages|length }}{{ messages|tojson }}", "differently once"),
     ("{{ raise_exception('no user') }}", "refuses .*no user"),
   ):
     with pytest.raises(ValueError, match=message) as error:
       run(rows, make_tokenizer(template=template))
     assert "\n" not in str(error.value)
+
+
+def test_an_error_names_the_row(make_tokenizer, monkeypatch):
+  monkeypatch.setattr(tokenize, "CHUNK_ROWS", 2)
+  rows = [pair("p", "c", "r"), {"dropped": "why"}, pair([USER], [GOOD], [GOOD])]
+  with pytest.raises(ValueError, match="^row 3: the data holds chat messages"):
+    run(rows, make_tokenizer())
 
 
 @pytest.mark.parametrize("name", ["max_length", "max_prompt_length"])
