@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -132,6 +132,7 @@ def make_iteration(
   reference: ModelConfig,
   *,
   tokenizer: tokenize.Tokenizer,
+  stop_ids: Sequence[int],
   optimizer: optax.GradientTransformation,
   mesh: Mesh,
 ) -> iteration.Iteration:
@@ -150,7 +151,7 @@ def make_iteration(
       prompts,
       options.sampling,
       seed=options.seed,
-      eos_id=tokenizer.eos_token_id,
+      stop_ids=stop_ids,
       batch_rows=min(len(prompts), BATCH_ROWS),
       indices=numbers,
     )

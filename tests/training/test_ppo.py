@@ -211,7 +211,9 @@ def test_a_bandit_comes_to_the_best_policy_at_its_beta():
 
   def generate(params, prompts, numbers):
     sampler = decode.Sampler(config, params)
-    found = sampler.sample(prompts, draws, seed=0, eos_id=0, indices=numbers)
+    found = sampler.sample(
+      prompts, draws, seed=0, stop_ids=(0,), indices=numbers
+    )
     return [sample.tokens for (sample,) in found]
 
   def logps_of(params):
