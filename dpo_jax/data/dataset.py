@@ -25,7 +25,7 @@ from dpo_jax.data import examples, tokenize
 from dpo_jax.data.packing import PairTokens, Ragged
 
 # To be raised with any change of what a row is tokenised to.
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 SCORE_GAPS = "score_gaps"
 REPORT = "report.json"
 

@@ -5,7 +5,8 @@ response` (a demonstration), of `prompt, response, label` (a response that is
 labelled by itself), of `prompt, responses` (a ranked list, the best first), or
 of `dropped`, the reason why a row gives none. Prompt and responses are
 strings, or lists of {role, content} messages. A scored pair has `score_gap`
-too, by how much chosen scores above rejected.
+too, by how much chosen scores above rejected. What `endings` says of its
+responses stands in it, too.
 
 A new source is one module with a function `read(path, split)` that yields
 rows, and one line in `SOURCES`. Its rows may have any of these columns:
@@ -21,6 +22,8 @@ rows, and one line in `SOURCES`. Its rows may have any of these columns:
     rejected_score           are asked for
   prompt, response, label    a labelled response: true or 1 is desirable
   prompt, responses          a ranked list of two responses or more
+  chosen_ended,              beside these: false where a response was cut when
+    rejected_ended, ended    it was sampled; see `endings`
   dropped                    alone: why the source has nothing of the row
 
 Where demonstrations are asked for, the response of a pair is `chosen`. Where
@@ -38,7 +41,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from dpo_jax.data import hh, hub, imdb, jsonl, synthetic, tldr
+from dpo_jax.data import endings, hh, hub, imdb, jsonl, synthetic, tldr
 
 SOURCES = {
   "hh": hh,
@@ -93,6 +96,8 @@ def read(source: str, path: str, *, split: str, inputs: str) -> Iterator[dict]:
     where = f"{path}, {'line' if is_line else 'row'} {number}"
     is_dropped = row.keys() == {"dropped"}
     example = row if is_dropped else make_example(row, where)
+    if "dropped" not in example:
+      example |= endings.read(row, example, where)
     if "subset" in row:
       example["subset"] = str(row["subset"])
     yield example

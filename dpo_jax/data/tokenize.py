@@ -3,8 +3,8 @@
 Tokenised together, a prompt and a response could merge across the boundary,
 so each is tokenised alone. A prompt gets the beginning-of-sequence token if
 the tokenizer adds one; a response ends with the end-of-sequence token, unless
-truncation cut it off. Messages go through the tokenizer's chat template,
-which writes all special tokens itself.
+truncation cut it off or its row says that it had not ended. Messages go
+through the tokenizer's chat template, which writes all special tokens itself.
 """
 
 import array
@@ -19,7 +19,7 @@ import jinja2
 import numpy as np
 import transformers
 
-from dpo_jax.data import examples
+from dpo_jax.data import endings, examples
 from dpo_jax.data.packing import PairTokens, Ragged
 
 CHUNK_ROWS = 1024  # rows that are given to the tokenizer at once
@@ -40,6 +40,7 @@ class Report:
   truncated_prompts: int = 0
   truncated_responses: int = 0
   identical: int = 0  # pairs whose responses are equal, kept
+  not_ended: int = 0  # responses that were cut when they were sampled
   tokens: dict[str, int] = dataclasses.field(default_factory=dict)
 
   def drop(self, reason: str) -> None:
@@ -57,6 +58,8 @@ def report_lines(report: Report) -> list[str]:
     (report.truncated_responses, "truncated responses"),
     (report.identical, "pairs with identical responses (kept)"),
   ]
+  if report.not_ended:
+    rows.append((report.not_ended, "responses that did not end (no EOS)"))
   lines = [f"{count:>10,}  {name}" for count, name in rows]
   for name, total in report.tokens.items():
     mean = total / max(report.kept, 1)
@@ -210,21 +213,32 @@ def encode_responses(
   tokenizer: Tokenizer,
   prompts: list[examples.Text],
   responses: list[examples.Text],
+  ended: Sequence[bool] | None = None,
 ) -> list[list[int]]:
   """Returns the token ids of responses, each ended by one EOS token.
+
+  What did not end has neither EOS nor what a template writes behind a message,
+  and no token where it has no text.
+
+  Args:
+    tokenizer: of `load_tokenizer`.
+    prompts: of each response.
+    responses: what stands behind the prompts.
+    ended: whether each response ended; by default all did.
 
   Raises:
     ValueError: messages, and a tokenizer whose chat template is missing or
       writes a prompt differently once its response is there.
   """
+  ended = [True] * len(responses) if ended is None else ended
   texts = [
-    _render_response(tokenizer, prompt, response)
-    for prompt, response in zip(prompts, responses, strict=True)
+    _render_response(tokenizer, *rendered)
+    for rendered in zip(prompts, responses, ended, strict=True)
   ]
   eos = tokenizer.eos_token_id
   encoded = _encode(tokenizer, texts)
-  for ids in encoded:
-    if ids[-1:] != [eos]:
+  for ids, has_end in zip(encoded, ended, strict=True):
+    if has_end and ids[-1:] != [eos]:
       ids.append(eos)
   return encoded
 
@@ -263,14 +277,23 @@ def _tokenize_chunk(
   responses = [_responses(row) for row in rows]
   prompts = encode_prompts(tokenizer, [row["prompt"] for row in rows])
   present = [
-    (row["prompt"], text)
+    (row["prompt"], text, has_end)
     for row, texts in zip(rows, responses, strict=True)
-    for text in texts
+    for text, has_end in zip(texts, endings.of(row), strict=True)
     if text is not None
   ]
   encoded = iter(encode_responses(tokenizer, *zip(*present, strict=True)))
   for row, prompt, texts in zip(rows, prompts, responses, strict=True):
-    yield row, (prompt, *([] if x is None else next(encoded) for x in texts))
+    lists = [None if text is None else next(encoded) for text in texts]
+    if [] in lists:  # as empty as a response that is absent
+      report.drop("a response without a token that did not end")
+      continue
+    report.not_ended += sum(
+      not has_end
+      for tokens, has_end in zip(lists, endings.of(row), strict=True)
+      if tokens
+    )
+    yield row, (prompt, *(tokens or [] for tokens in lists))
 
 
 def _responses(row: dict) -> list[examples.Text | None]:
@@ -325,14 +348,23 @@ def _render_prompt(tokenizer: Tokenizer, prompt: examples.Text) -> str:
 
 
 def _render_response(
-  tokenizer: Tokenizer, prompt: examples.Text, response: examples.Text
+  tokenizer: Tokenizer,
+  prompt: examples.Text,
+  response: examples.Text,
+  has_end: bool,
 ) -> str:
-  """Returns the text of a response, up to the EOS token that ends it."""
+  """Returns the text of a response, up to the EOS token that ends it.
+
+  Without an end, up to the last message's content.
+  """
   if isinstance(response, str):
     return response
   before = _render_prompt(tokenizer, prompt)
   whole = _apply_template(
-    tokenizer, prompt + response, add_generation_prompt=False
+    tokenizer,
+    prompt + response,
+    add_generation_prompt=False,
+    continue_final_message=not has_end,
   )
   if not whole.startswith(before):
     raise ValueError(
@@ -341,11 +373,15 @@ def _render_response(
     )
   text = whole[len(before) :]
   ended = text.rstrip()
-  return ended if ended.endswith(tokenizer.eos_token) else text
+  return ended if has_end and ended.endswith(tokenizer.eos_token) else text
 
 
 def _apply_template(
-  tokenizer: Tokenizer, messages: list[dict], *, add_generation_prompt: bool
+  tokenizer: Tokenizer,
+  messages: list[dict],
+  *,
+  add_generation_prompt: bool,
+  continue_final_message: bool = False,
 ) -> str:
   if tokenizer.chat_template is None:
     raise ValueError(
@@ -355,7 +391,10 @@ def _apply_template(
     )
   try:
     return tokenizer.apply_chat_template(
-      messages, tokenize=False, add_generation_prompt=add_generation_prompt
+      messages,
+      tokenize=False,
+      add_generation_prompt=add_generation_prompt,
+      continue_final_message=continue_final_message,
     )
   except jinja2.TemplateError as error:
     raise ValueError(

@@ -117,6 +117,35 @@ def test_a_sample_that_was_cut_has_no_eos_at_its_own_length(tokenizer):
     run(rows, tokenizer, max_response_length=-1)
 
 
+def test_a_response_that_did_not_end_has_no_eos(tokenizer):
+  rows = [
+    pair("p", "c", "r") | {"rejected_ended": False},
+    pair("p", "", "") | {"chosen_ended": False},
+  ]
+  texts, report = run(rows, tokenizer)
+  assert texts == [("p", "c</s>", "r")]
+  assert (report.kept, report.not_ended) == (1, 1)
+  assert report.dropped == {"a response without a token that did not end": 1}
+  lines = tokenize.report_lines(report)
+  assert "         1  responses that did not end (no EOS)" in lines
+  rows = [{"prompt": "p", "responses": ["a", "b"], "ended": [False, True]}]
+  assert run(rows, tokenizer, inputs="ranked")[0] == [("p", "a", "b</s>")]
+  rows = [{"prompt": "p", "response": "a", "ended": False, "label": False}]
+  assert run(rows, tokenizer, inputs="labelled")[0] == [("p", "", "a")]
+
+
+@pytest.mark.parametrize("end", ["eos_token", "''", "'<|im_end|>'"])
+def test_a_message_that_did_not_end_has_nothing_of_the_template_behind_it(
+  end, make_tokenizer, chat_template
+):
+  template = chat_template.replace("eos_token", end)
+  tokenizer = make_tokenizer(bos=True, template=template)
+  rows = [pair([USER], [GOOD], [GOOD]) | {"rejected_ended": False}]
+  ((prompt, chosen, rejected),), _ = run(rows, tokenizer)
+  assert prompt == "<s>[user]u\n[assistant]"
+  assert chosen.endswith("</s>") and rejected == "g"
+
+
 def test_pair_without_room_for_a_response_is_dropped_and_counted(tokenizer):
   rows = [pair("abc", "c", "r"), pair("abcd", "c", "r"), {"dropped": "why"}]
   texts, report = run(rows, tokenizer, max_length=4)
