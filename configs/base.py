@@ -112,6 +112,8 @@ def get_config() -> config_dict.ConfigDict:
   config.ppo.target_kl = placeholder(float)  # nats of a sequence; None: fixed
   config.ppo.horizon = 10_000.0  # responses in which kl_coef moves by a fifth
   config.ppo.whiten = True  # advantages: mean 0, variance 1 in an iteration
+  # Score units that a response loses which did not end in max_new_tokens.
+  config.ppo.missing_eos_penalty = 0.0
 
   config.reference = config_dict.ConfigDict()
   # live: frozen, in the same program; cached: its log-probabilities, computed

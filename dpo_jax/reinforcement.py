@@ -155,7 +155,17 @@ def make_iteration(
       batch_rows=min(len(prompts), BATCH_ROWS),
       indices=numbers,
     )
-    return [sample.tokens for (sample,) in found]
+    samples = [sample for (sample,) in found]
+    return [x.tokens for x in samples], [x.ended for x in samples]
+
+  def score(prompts, responses, ended):
+    # The stop token is no text, special or not.
+    content = [
+      tokens[:-1] if has_end else tokens
+      for tokens, has_end in zip(responses, ended, strict=True)
+    ]
+    texts = tokenize.decode(tokenizer, prompts, content)
+    return reward_fn(*texts, ended=ended)
 
   return iteration.Iteration(
     options.settings,
@@ -165,7 +175,7 @@ def make_iteration(
     rows=options.rows,
     max_new_tokens=options.sampling.max_new_tokens,
     generate_fn=generate,
-    score_fn=lambda *tokens: reward_fn(*tokenize.decode(tokenizer, *tokens)),
+    score_fn=score,
     mesh=mesh,
     seed=options.seed,
   )

@@ -40,7 +40,7 @@ def load(
   with_eos: bool = True,
   dtype: str = "auto",
 ) -> "Learned":
-  """Returns `reward_fn(prompts, responses) -> f32[n]` of a trained model.
+  """Returns `reward_fn(prompts, responses, ended) -> f32[n]` of a model.
 
   Args:
     path: a run folder of `reward_model` or `classifier`; or a folder or hub
@@ -53,8 +53,9 @@ def load(
     max_length: tokens of prompt and response, above 1; by default the run's
       own, else 512.
     max_prompt_length: tokens; by default the run's own, else 256.
-    with_eos: whether the score is read at an EOS after the response, as in our
-      runs; or at its own last token, for models that never saw an EOS.
+    with_eos: whether the score of a response that ended is read at an EOS after
+      it, as in our runs; or at its own last token, for models that never saw
+      an EOS. What was cut is read at its last token either way.
     dtype: of matmuls; auto is bfloat16, float32 on CPU.
 
   Raises:
@@ -149,25 +150,35 @@ class Learned:
     self._score = scoring.make_score_fn(scorer, self._mesh)
 
   def __call__(
-    self, prompts: Sequence[str], responses: Sequence[str]
+    self,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    ended: Sequence[bool] | None = None,
   ) -> np.ndarray:
     """Returns f32[n], the score of each response behind its prompt.
 
-    Tokens are those of training: prompts cut from the left, responses from the
-    right, tokenised apart. What else is asked for in the same call changes a
-    score by rounding at most.
+    Where `ended` says that a response was cut, no EOS follows it, unless it has
+    no token else. By default all ended. Tokens are those of training: prompts
+    cut from the left, responses from the right, tokenised apart. What else is
+    asked for in the same call changes a score by rounding at most.
 
     Raises:
       ValueError: lists of different lengths, or a response without a token.
     """
+    ended = [True] * len(responses) if ended is None else list(ended)
     if len(prompts) != len(responses):
       raise ValueError(
         f"{len(prompts)} prompts and {len(responses)} responses: must be as"
         " many"
       )
+    if len(ended) != len(responses):
+      raise ValueError(
+        f"of {len(responses)} responses {len(ended)} say whether they ended:"
+        " must be all"
+      )
     if not len(prompts):
       return np.zeros(0, np.float32)
-    batches = self._batches(*self._tokens(prompts, responses))
+    batches = self._batches(*self._tokens(prompts, responses, ended))
     with jax.set_mesh(self._mesh):
       scores = scoring.collect(self._score, self._params, batches, self._mesh)
     scores = scores[:, 0]
@@ -175,14 +186,16 @@ class Learned:
       scores = np.asarray(jax.nn.sigmoid(scores))
     return scores
 
-  def _tokens(self, prompts, responses):
+  def _tokens(self, prompts, responses, ended):
     """Returns the token lists, cut to length."""
     prompts, responses = list(prompts), list(responses)
     encoded = tokenize.encode_prompts(self._tokenizer, prompts)
-    answers = tokenize.encode_responses(self._tokenizer, prompts, responses)
-    if not self._with_eos:
-      eos = self._tokenizer.eos_token_id
-      answers = [ids[:-1] if ids[-1] == eos else ids for ids in answers]
+    has_eos = [self._with_eos and x for x in ended]
+    answers = tokenize.encode_responses(
+      self._tokenizer, prompts, responses, has_eos
+    )
+    if self._with_eos:
+      answers = [ids or [self._tokenizer.eos_token_id] for ids in answers]
     kept = [ids[-self._max_prompt_length :] for ids in encoded]
     cut = [
       ids[: min(self._max_length - len(prompt), self._max_response_length)]

@@ -108,6 +108,21 @@ def test_without_eos_the_last_token_itself_is_read(folders):
     reward_fn(["we", "we"], [" liked it", ""])
 
 
+def test_a_response_that_was_cut_has_no_eos_before_its_score(reward_fn):
+  ended = [True, False, False, True, False]
+  found = reward_fn(PROMPTS, RESPONSES, ended=ended)
+  # Of the third nothing but its EOS could be read.
+  expected = [
+    _alone(*pair, eos=has_end or not pair[1])
+    for *pair, has_end in zip(PROMPTS, RESPONSES, ended)
+  ]
+  np.testing.assert_allclose(found, expected, atol=1e-5)
+  whole = reward_fn(PROMPTS, RESPONSES)
+  assert abs(whole - found)[[1, 4]].min() > 1e-3
+  with pytest.raises(ValueError, match="of 5 responses 1 say whether they"):
+    reward_fn(PROMPTS, RESPONSES, ended=[True])
+
+
 def test_texts_are_cut_as_in_training(folders):
   reward_fn = learned.load(folders["reward"], max_length=4, max_prompt_length=2)
   found = reward_fn(["it was not very good"], [" but we liked it"])
