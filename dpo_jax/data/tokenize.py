@@ -128,14 +128,12 @@ def tokenize(
   inputs: str,
   max_length: int,
   max_prompt_length: int,
-  max_response_length: int = 0,
 ) -> tuple[PairTokens, Report]:
   """Returns the tokens of the rows that are kept, and what became of all.
 
   Prompts lose tokens from the left, down to `max_prompt_length`; then
-  responses from the right, down to `max_response_length` and until prompt and
-  response hold `max_length`. A pair with a response that is lost whole is
-  dropped.
+  responses from the right, until prompt and response hold `max_length`. A pair
+  with a response that is lost whole is dropped.
 
   Args:
     rows: examples, as `examples.read` yields them.
@@ -145,26 +143,23 @@ def tokenize(
       chosen or rejected; a list's responses have columns of their own.
     max_length: tokens in prompt and response together, at least 1.
     max_prompt_length: tokens in a prompt, at least 1.
-    max_response_length: tokens in a response, EOS among them; 0: no bound.
 
   Raises:
     ValueError: a length out of range, messages without a chat template.
   """
-  for name, value, least in (
-    ("max_length", max_length, 1),
-    ("max_prompt_length", max_prompt_length, 1),
-    ("max_response_length", max_response_length, 0),
+  for name, value in (
+    ("max_length", max_length),
+    ("max_prompt_length", max_prompt_length),
   ):
-    if value < least:
-      raise ValueError(f"{name}={value}: must be at least {least}")
-  lengths = max_length, max_prompt_length, max_response_length or max_length
+    if value < 1:
+      raise ValueError(f"{name}={value}: must be at least 1")
   report = Report()
   columns = [_Lists(), _Lists(), _Lists()]
   score_gaps = array.array("f")
   rows = iter(rows)
   while chunk := list(itertools.islice(rows, CHUNK_ROWS)):
     for row, lists in _tokenize_chunk(chunk, tokenizer, report):
-      kept = _truncate(lists, *lengths, report)
+      kept = _truncate(lists, max_length, max_prompt_length, report)
       if kept:
         while len(columns) < len(kept):  # a list longer than those before it
           columns.append(_Lists.of_empty(report.kept - 1))
@@ -310,13 +305,12 @@ def _truncate(
   lists: tuple[list[int], ...],
   max_length: int,
   max_prompt_length: int,
-  max_response_length: int,
   report: Report,
 ) -> tuple[list[int], ...] | None:
   """Returns prompt and responses cut to length; None when dropped."""
   prompt, *responses = lists
   kept_prompt = prompt[-max_prompt_length:]
-  room = min(max_length - len(kept_prompt), max_response_length)
+  room = max_length - len(kept_prompt)
   if room <= 0:
     report.drop("no room for a response")
     return None

@@ -77,7 +77,7 @@ def load(
       f"output='probability': {path!r} is a reward model, of whose scores only"
       " differences count; allowed: logit, or a classifier"
     )
-  lengths = _run_lengths(path) or (MAX_LENGTH, MAX_PROMPT_LENGTH, 0)
+  lengths = _run_lengths(path) or (MAX_LENGTH, MAX_PROMPT_LENGTH)
   max_length = max_length or lengths[0]
   max_prompt_length = max_prompt_length or lengths[1]
   if max_length < 2 or max_prompt_length < 1:
@@ -99,21 +99,19 @@ def load(
     output=output,
     max_length=max_length,
     max_prompt_length=min(max_prompt_length, max_length - 1),
-    max_response_length=lengths[2] or max_length,
     with_eos=with_eos,
   )
 
 
-def _run_lengths(path: str) -> tuple[int, int, int] | None:
+def _run_lengths(path: str) -> tuple[int, int] | None:
   """Returns the lengths that a run cut its data to; None where it is none.
 
-  Tokens in all, of a prompt, and of a response (0: no bound).
+  Tokens in all, and of a prompt.
   """
   if not source.is_run(path):
     return None
   data = json.loads((pathlib.Path(path) / "config.json").read_text())["data"]
-  parts = ("", "_prompt", "_response")
-  return tuple(data[f"max{part}_length"] for part in parts)
+  return data["max_length"], data["max_prompt_length"]
 
 
 class Learned:
@@ -127,7 +125,6 @@ class Learned:
     output: str,
     max_length: int,
     max_prompt_length: int,
-    max_response_length: int,
     with_eos: bool,
   ):
     """Reads the weights; see `load`, which checks the arguments."""
@@ -135,7 +132,6 @@ class Learned:
     self._output = output
     self._max_length = max_length
     self._max_prompt_length = max_prompt_length
-    self._max_response_length = max_response_length
     self._with_eos = with_eos
     self._tokenizer = tokenize.load_tokenizer(opened.tokenizer)
     self._mesh = sharding.make_mesh()
@@ -198,7 +194,7 @@ class Learned:
       answers = [ids or [self._tokenizer.eos_token_id] for ids in answers]
     kept = [ids[-self._max_prompt_length :] for ids in encoded]
     cut = [
-      ids[: min(self._max_length - len(prompt), self._max_response_length)]
+      ids[: self._max_length - len(prompt)]
       for prompt, ids in zip(kept, answers, strict=True)
     ]
     if not all(cut):

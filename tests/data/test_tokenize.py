@@ -23,7 +23,6 @@ def run(
   inputs="pairs",
   max_length=99,
   max_prompt_length=50,
-  max_response_length=0,
 ):
   """Returns the texts of prompt, chosen and rejected of pairs; the report."""
   tokens, report = tokenize.tokenize(
@@ -32,7 +31,6 @@ def run(
     inputs=inputs,
     max_length=max_length,
     max_prompt_length=max_prompt_length,
-    max_response_length=max_response_length,
   )
   columns = [
     [tokenizer.decode(c.values[a:b]) for a, b in zip(c.offsets, c.offsets[1:])]
@@ -104,17 +102,6 @@ def test_responses_are_cut_on_the_right_exactly_at_the_limit(tokenizer):
   assert texts == [("pp", "abc", "abc")]
   assert report.truncated_responses == 2
   assert report.identical == 1
-
-
-def test_a_sample_that_was_cut_has_no_eos_at_its_own_length(tokenizer):
-  rows = [pair("pp", "abc", "abcd")]
-  texts, report = run(rows, tokenizer, max_response_length=4)
-  assert texts == [("pp", "abc</s>", "abcd")]
-  assert report.truncated_responses == 1
-  texts, _ = run(rows, tokenizer, max_response_length=4, max_length=5)
-  assert texts == [("pp", "abc", "abc")]
-  with pytest.raises(ValueError, match="max_response_length=-1: must be at"):
-    run(rows, tokenizer, max_response_length=-1)
 
 
 def test_a_response_that_did_not_end_has_no_eos(tokenizer):

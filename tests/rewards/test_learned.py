@@ -130,13 +130,6 @@ def test_texts_are_cut_as_in_training(folders):
   np.testing.assert_allclose(found, [expected], atol=1e-5)
 
 
-def test_a_runs_bound_on_responses_cuts_their_eos(folders, monkeypatch):
-  monkeypatch.setattr(learned, "_run_lengths", lambda path: (40, 20, 2))
-  found = learned.load(folders["reward"])(["we", "we"], [" good .", " good"])
-  expected = [_alone("we", " good .", eos=False), _alone("we", " good")]
-  np.testing.assert_allclose(found, expected, atol=1e-5)
-
-
 def test_mistakes_end_in_one_line(folders, reward_fn, tmp_path):
   def refuses(message, path=folders["reward"], **options):
     with pytest.raises(ValueError, match=message) as caught:
