@@ -29,9 +29,6 @@ def get_config() -> config_dict.ConfigDict:
   config.data.shuffle = True  # False: file order
   config.data.max_length = 512  # tokens of prompt and one response
   config.data.max_prompt_length = 256  # tokens
-  # Tokens of one response, EOS among them; 0: what max_length leaves. Samples
-  # that were cut at a length end without an EOS by the same number here.
-  config.data.max_response_length = 0
   # Tokens in a row; 0: the multiple of 128 that suits the longest pair.
   config.data.row_length = 0
   # mirrored; padded: two sequences a pair, also where a window asks for them.
@@ -112,6 +109,8 @@ def get_config() -> config_dict.ConfigDict:
   config.ppo.target_kl = placeholder(float)  # nats of a sequence; None: fixed
   config.ppo.horizon = 10_000.0  # responses in which kl_coef moves by a fifth
   config.ppo.whiten = True  # advantages: mean 0, variance 1 in an iteration
+  # Score units that a response loses which did not end in max_new_tokens.
+  config.ppo.missing_eos_penalty = 0.0
 
   config.reference = config_dict.ConfigDict()
   # live: frozen, in the same program; cached: its log-probabilities, computed

@@ -112,7 +112,6 @@ def _read_tokens(options, objective, tokenizer, cache_dir, path, split):
     inputs=objective.inputs,
     max_length=options["max_length"],
     max_prompt_length=options["max_prompt_length"],
-    max_response_length=options["max_response_length"],
     is_builder=jax.process_index() == 0,
     barrier=lambda: multihost_utils.sync_global_devices("tokens cached"),
   )

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from dpo_jax import adapters, batches, reference_model, sharding
 from dpo_jax import reinforcement as reinforcement_lib
-from dpo_jax.checkpoints import manager, source
+from dpo_jax.checkpoints import manager, source, stop_tokens
 from dpo_jax.data import loader, synthetic, tokenize
 from dpo_jax.losses import objectives
 from dpo_jax.models import config as model_config
@@ -32,6 +32,8 @@ class Experiment:
     settings: the whole config as plain data, to be kept and shown.
     mesh: all devices.
     tokenizer: the policy's.
+    opened: where the policy comes from; None for random weights.
+    stop_ids: the tokens that each end a response of it.
     scorer: policy, reference and loss.
     shardings: the layout of each parameter that is trained.
     load_base: returns what adapters are added to; None without adapters.
@@ -54,6 +56,8 @@ class Experiment:
   settings: dict[str, Any]
   mesh: Mesh
   tokenizer: Any
+  opened: source.ModelSource | None
+  stop_ids: tuple[int, ...]
   scorer: steps.Scorer
   shardings: Params
   load_base: Callable[[], Params | None]
@@ -138,6 +142,8 @@ def build(config: ConfigDict) -> Experiment:
     settings=to_plain(config),
     mesh=mesh,
     tokenizer=tokenizer,
+    opened=opened,
+    stop_ids=stop_tokens.find(tokenizer, opened),
     scorer=steps.Scorer(
       policy=policy,
       reference=reference.traced,

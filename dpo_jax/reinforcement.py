@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -132,6 +132,7 @@ def make_iteration(
   reference: ModelConfig,
   *,
   tokenizer: tokenize.Tokenizer,
+  stop_ids: Sequence[int],
   optimizer: optax.GradientTransformation,
   mesh: Mesh,
 ) -> iteration.Iteration:
@@ -150,11 +151,21 @@ def make_iteration(
       prompts,
       options.sampling,
       seed=options.seed,
-      eos_id=tokenizer.eos_token_id,
+      stop_ids=stop_ids,
       batch_rows=min(len(prompts), BATCH_ROWS),
       indices=numbers,
     )
-    return [sample.tokens for (sample,) in found]
+    samples = [sample for (sample,) in found]
+    return [x.tokens for x in samples], [x.ended for x in samples]
+
+  def score(prompts, responses, ended):
+    # The stop token is no text, special or not.
+    content = [
+      tokens[:-1] if has_end else tokens
+      for tokens, has_end in zip(responses, ended, strict=True)
+    ]
+    texts = tokenize.decode(tokenizer, prompts, content)
+    return reward_fn(*texts, ended=ended)
 
   return iteration.Iteration(
     options.settings,
@@ -164,7 +175,7 @@ def make_iteration(
     rows=options.rows,
     max_new_tokens=options.sampling.max_new_tokens,
     generate_fn=generate,
-    score_fn=lambda *tokens: reward_fn(*tokenize.decode(tokenizer, *tokens)),
+    score_fn=score,
     mesh=mesh,
     seed=options.seed,
   )

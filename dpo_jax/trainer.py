@@ -14,7 +14,13 @@ from ml_collections import ConfigDict
 
 from dpo_jax import experiment as experiment_lib
 from dpo_jax import reinforcement, sharding
-from dpo_jax.checkpoints import manager, reader, run_folder, source
+from dpo_jax.checkpoints import (
+  manager,
+  reader,
+  run_folder,
+  source,
+  stop_tokens,
+)
 from dpo_jax.data import loader
 from dpo_jax.evaluation import preferences
 from dpo_jax.experiment import Experiment
@@ -299,6 +305,7 @@ def _make_ppo(experiment):
     experiment.scorer,
     experiment.reference.model,
     tokenizer=experiment.tokenizer,
+    stop_ids=experiment.stop_ids,
     optimizer=experiment.optimizer,
     mesh=experiment.mesh,
   )
@@ -316,9 +323,11 @@ def _write_run_files(experiment, workdir):
       str(folder),
       experiment.scorer.policy,
       bos_token_id=experiment.tokenizer.bos_token_id,
-      eos_token_id=experiment.tokenizer.eos_token_id,
+      eos_token_id=stop_tokens.in_config(experiment.stop_ids),
     )
     experiment.tokenizer.save_pretrained(folder)
+    if experiment.scorer.policy.head == "vocabulary":
+      stop_tokens.write(folder, experiment.stop_ids, experiment.opened)
     if experiment.scorer.policy.lora:
       base = experiment.settings["model"]["path"]
       source.write_lora(folder, experiment.scorer.policy.lora, base)

@@ -1,13 +1,15 @@
 """What an experiment makes of its config and its model together."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
 import pytest
 
 from configs import quickstart
-from dpo_jax import experiment
+from dpo_jax import experiment, trainer
+from dpo_jax.checkpoints import source, stop_tokens
 from dpo_jax.data import synthetic
 from dpo_jax.models import config as model_config
 from dpo_jax.models import huggingface, transformer
@@ -102,3 +104,22 @@ def test_a_metric_that_evaluations_lack_is_refused(
     _build_from(tmp_path / "lm", loss, tmp_path, metric=metric)
   built = _build_from(tmp_path / "lm", loss, tmp_path)
   assert built.best_metric == "loss"
+
+
+def test_a_run_folder_keeps_what_ends_a_response(tmp_path):
+  model = tmp_path / "lm"
+  _saved(model, "vocabulary")
+  values = {"eos_token_id": [7, 5], "top_p": 0.9}
+  (model / "generation_config.json").write_text(json.dumps(values))
+  built = _build_from(model, "dpo", tmp_path)
+  stops = (built.tokenizer.eos_token_id, 7, 5)
+  assert built.stop_ids == stops
+  trainer._write_run_files(built, tmp_path / "run")
+  (tmp_path / "run/checkpoints").mkdir()
+  opened = source.open_model(str(tmp_path / "run"))
+  assert stop_tokens.find(built.tokenizer, opened) == stops
+  written = tmp_path / "run/model/generation_config.json"
+  assert json.loads(written.read_text()) == {
+    "eos_token_id": list(stops),
+    "top_p": 0.9,
+  }

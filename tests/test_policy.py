@@ -1,11 +1,13 @@
 """A model that samples and scores; the command that writes samples."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
+from dpo_jax import export
 from dpo_jax import policy as policy_lib
 from dpo_jax.data import tokenize
 from dpo_jax.sampling import decode
@@ -102,10 +104,71 @@ def test_a_sampled_reply_is_the_content_of_its_message(policy, monkeypatch):
   reply = [{"role": "assistant", "content": "there was"}]
   (prompt,) = tokenize.encode_prompts(tokenizer, [chat])
   (ids,) = tokenize.encode_responses(tokenizer, [chat], [reply])
-  sample = decode.Sample(ids, np.zeros(len(ids), np.float32))
+  sample = decode.Sample(ids, np.zeros(len(ids), np.float32), ended=True)
   (line,) = policy_lib._lines(policy, chat, prompt, [sample], {})
   assert tokenizer.convert_ids_to_tokens(ids[:2]) == ["▁there", "▁was"]
   assert line["response"] == "there was"
+
+
+@pytest.fixture(scope="module")
+def stopping(folder, policy, tmp_path_factory):
+  """The same model, which ends at its second greedy token as well.
+
+  Its chat template ends a turn with yet another token.
+  """
+  prompts = tokenize.encode_prompts(policy.tokenizer, PROMPTS[:1])
+  settings = decode.Settings(2, temperature=0.0)
+  ((sample,),) = policy.sample(prompts, settings, seed=0)
+  target = tmp_path_factory.mktemp("stopping")
+  (target / "model.safetensors").symlink_to(f"{folder}/model.safetensors")
+  shutil.copy(f"{folder}/config.json", target)
+  tokenizer = tokenize.load_tokenizer(folder)
+  tokenizer.chat_template = (
+    "{% for m in messages %}{{ m.content }}<unk>{% endfor %}"
+  )
+  tokenizer.save_pretrained(target)
+  stops = [tokenizer.eos_token_id, sample.tokens[1]]
+  values = {"eos_token_id": stops, "temperature": 0.6}
+  (target / "generation_config.json").write_text(json.dumps(values))
+  return target, sample.tokens, (*stops, tokenizer.unk_token_id)
+
+
+def test_a_sample_ends_at_any_stop_token_of_its_model(stopping, tmp_path):
+  folder, (first, _), stops = stopping
+  output = tmp_path / "samples.jsonl"
+  policy_lib.write_samples(
+    str(folder),
+    PROMPTS[:1],
+    decode.Settings(24, temperature=0.0),
+    str(output),
+    seed=0,
+    samples_per_prompt=1,
+    max_prompt_length=64,
+  )
+  line = json.loads(output.read_text())
+  assert (line["num_tokens"], line["ended"]) == (2, True)
+  # The stop token is no text of the response, special or not.
+  found = policy_lib.Policy(str(folder))
+  assert found.stop_ids == stops
+  prompt = tokenize.encode_prompts(found.tokenizer, PROMPTS[:1])
+  _, (text,) = tokenize.decode(found.tokenizer, prompt, [[first]])
+  assert line["response"] == text
+
+
+def test_an_export_keeps_every_stop_token_and_the_chat_template(
+  stopping, tmp_path
+):
+  folder, _, stops = stopping
+  export.write(str(folder), str(tmp_path / "exported"))
+  read = lambda name: json.loads((tmp_path / "exported" / name).read_text())
+  assert read("config.json")["eos_token_id"] == list(stops)
+  assert read("generation_config.json") == {
+    "eos_token_id": list(stops),
+    "temperature": 0.6,
+  }
+  exported = tokenize.load_tokenizer(str(tmp_path / "exported"))
+  given = tokenize.load_tokenizer(str(folder))
+  assert exported.chat_template == given.chat_template
 
 
 def _write(folder, output, **options):

@@ -30,12 +30,15 @@ class ModelSource:
   Attributes:
     config: the decoder as it was saved.
     tokenizer: the folder that holds its tokenizer.
+    folders: those that hold what its files say of it besides: its own, and
+      of adapters that of their base.
     load: (config, shardings) -> parameters on the mesh, in
       `config.param_dtype`.
   """
 
   config: ModelConfig
   tokenizer: str
+  folders: tuple[str, ...]
   load: Callable[[ModelConfig, Params], Params]
 
 
@@ -160,7 +163,7 @@ def open_model(path: str, *, step: int | None = None) -> ModelSource:
       return huggingface.load_params(folder, config, shardings)
 
     config = huggingface.read_config(folder)
-    return ModelSource(config, str(folder), load_folder)
+    return ModelSource(config, str(folder), (str(folder),), load_folder)
 
   folder = pathlib.Path(path) / run_folder.MODEL_FOLDER
   saved = huggingface.read_config(str(folder))
@@ -180,7 +183,7 @@ def open_model(path: str, *, step: int | None = None) -> ModelSource:
     fit = functools.partial(transformer.fit_vocabulary, config)
     return jax.jit(fit, out_shardings=shardings)(params)
 
-  return ModelSource(saved, str(folder), load_run)
+  return ModelSource(saved, str(folder), (str(folder),), load_run)
 
 
 def _resolve(path: str) -> str:
@@ -219,7 +222,8 @@ def _merged(adapter: AdapterSource) -> ModelSource:
     for name in TOKENIZER_FILES
   )
   tokenizer = adapter.folder if has_own else base.tokenizer
-  return ModelSource(base.config, tokenizer, load)
+  folders = (adapter.folder, *base.folders)
+  return ModelSource(base.config, tokenizer, folders, load)
 
 
 def _restore(

@@ -35,8 +35,11 @@ def whole_text(
   prompt: examples.Text,
   response: examples.Text,
   before: str,
+  has_end: bool = True,
 ) -> str:
   """Returns the text of prompt and response, up to the EOS that ends it.
+
+  Of a response that did not end, up to its last message's content.
 
   A template may open what the finished turn has elsewhere or not at all, such
   as `<think>`; the response then continues the opened text, where it begins as
@@ -47,17 +50,20 @@ def whole_text(
     prompt: a string, or messages.
     response: the same.
     before: `prompt_text` of the prompt, with which the text begins.
+    has_end: whether the response ended.
 
   Raises:
     ValueError: as `prompt_text`; or the two texts do not agree.
   """
   if isinstance(response, str):
     return before + response
-  whole = _apply(tokenizer, prompt, response)
+  whole = _apply(tokenizer, prompt, response, is_open=not has_end)
   said = [x.get("content") for x in response]
   is_whole = all(_is_said(x, before, whole) for x in said if isinstance(x, str))
   if not is_whole or not whole.startswith(before):
-    whole = _continued(tokenizer, prompt, response, before, whole)
+    whole = _continued(tokenizer, prompt, response, before, whole, has_end)
+  if not has_end:
+    return whole
   ended = whole.rstrip()
   is_ended = len(ended) > len(before) and ended.endswith(tokenizer.eos_token)
   return ended if is_ended else whole
@@ -80,13 +86,13 @@ def content(tokenizer: Tokenizer, prompt: examples.Text, text: str) -> str:
   return before[len(head) :] + text if before.startswith(head) else text
 
 
-def _continued(tokenizer, prompt, response, before, whole) -> str:
+def _continued(tokenizer, prompt, response, before, whole, has_end) -> str:
   """Returns prompt and response where the template's own texts differ."""
   (first, *more) = response
   head, tail = _frame(tokenizer, prompt)
   is_plain = not more and first.keys() == {"role", "content"}
   if is_plain and isinstance(first["content"], str):
-    continued = head + first["content"] + tail
+    continued = head + first["content"] + (tail if has_end else "")
     if len(before) >= len(head) and continued.startswith(before):
       return continued
   if whole.startswith(before):
@@ -114,9 +120,16 @@ def _frame(tokenizer, prompt) -> tuple[str, str]:
 
 
 def _apply(
-  tokenizer: Tokenizer, prompt: examples.Text, response: list[dict]
+  tokenizer: Tokenizer,
+  prompt: examples.Text,
+  response: list[dict],
+  *,
+  is_open: bool = False,
 ) -> str:
-  """Returns the template's text; without a response, ready for one."""
+  """Returns the template's text; without a response, ready for one.
+
+  With `is_open` it ends with the last message's content.
+  """
   has_tools = isinstance(prompt, dict)
   tools = prompt["tools"] if has_tools else None
   chat = (prompt["messages"] if has_tools else prompt) + response
@@ -127,7 +140,11 @@ def _apply(
       " or a tokenizer with one"
     )
   render = functools.partial(
-    _render, tokenizer, tools=tools, add_generation_prompt=not response
+    _render,
+    tokenizer,
+    tools=tools,
+    add_generation_prompt=not response,
+    continue_final_message=is_open,
   )
   text = render(chat)
   template = tokenizer.get_chat_template(tools=tools)

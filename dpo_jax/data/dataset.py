@@ -121,7 +121,6 @@ def load(
   inputs: str,
   max_length: int,
   max_prompt_length: int,
-  max_response_length: int = 0,
   is_builder: bool = True,
   barrier: Callable[[], None] = lambda: None,
 ) -> TokenDataset:
@@ -136,7 +135,6 @@ def load(
     inputs: one of `examples.INPUTS`.
     max_length: tokens in prompt and response together.
     max_prompt_length: tokens in a prompt.
-    max_response_length: tokens in a response; 0: no bound.
     is_builder: whether this process of the run builds; exactly one must.
       Of several runs one builds, and the others wait for it.
     barrier: called once by every process; returns when all have called it.
@@ -148,7 +146,6 @@ def load(
     "inputs": inputs,
     "max_length": max_length,
     "max_prompt_length": max_prompt_length,
-    "max_response_length": max_response_length,
   }
   dataset = None
   try:

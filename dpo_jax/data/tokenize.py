@@ -3,8 +3,9 @@
 A response's tokens stand behind its prompt's in the one text that both make
 (see `continuation`), which is where a model samples them. A prompt gets the
 beginning-of-sequence token if the tokenizer adds one; a response ends with the
-end-of-sequence token, unless truncation cut it off. Messages go through the
-tokenizer's chat template (see `chat`), which writes all special tokens itself.
+end-of-sequence token, unless truncation cut it off or its row says that it had
+not ended. Messages go through the tokenizer's chat template (see `chat`), which
+writes all special tokens itself.
 """
 
 import array
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 import transformers
 
-from dpo_jax.data import chat, continuation, examples
+from dpo_jax.data import chat, continuation, endings, examples
 from dpo_jax.data.packing import PairTokens, Ragged
 
 CHUNK_ROWS = 1024  # rows that are given to the tokenizer at once
@@ -40,6 +41,7 @@ class Report:
   truncated_prompts: int = 0
   truncated_responses: int = 0
   identical: int = 0  # pairs whose responses are equal, kept
+  not_ended: int = 0  # responses that were cut when they were sampled
   tokens: dict[str, int] = dataclasses.field(default_factory=dict)
 
   def drop(self, reason: str) -> None:
@@ -57,6 +59,8 @@ def report_lines(report: Report) -> list[str]:
     (report.truncated_responses, "truncated responses"),
     (report.identical, "pairs with identical responses (kept)"),
   ]
+  if report.not_ended:
+    rows.append((report.not_ended, "responses that did not end (no EOS)"))
   lines = [f"{count:>10,}  {name}" for count, name in rows]
   for name, total in report.tokens.items():
     mean = total / max(report.kept, 1)
@@ -125,15 +129,13 @@ def tokenize(
   inputs: str,
   max_length: int,
   max_prompt_length: int,
-  max_response_length: int = 0,
   where: Callable[[int], str] = "row {}".format,
 ) -> tuple[PairTokens, Report]:
   """Returns the tokens of the rows that are kept, and what became of all.
 
   Prompts lose tokens from the left, down to `max_prompt_length`; then
-  responses from the right, down to `max_response_length` and until prompt and
-  response hold `max_length`. A pair with a response that is lost whole is
-  dropped.
+  responses from the right, until prompt and response hold `max_length`. A pair
+  with a response that is lost whole is dropped.
 
   Args:
     rows: examples, as `examples.read` yields them.
@@ -143,28 +145,25 @@ def tokenize(
       chosen or rejected; a list's responses have columns of their own.
     max_length: tokens in prompt and response together, at least 1.
     max_prompt_length: tokens in a prompt, at least 1.
-    max_response_length: tokens in a response, EOS among them; 0: no bound.
     where: returns the place of a row, counted from 1, for an error.
 
   Raises:
     ValueError: a length out of range, or messages that the tokenizer's chat
       template cannot write.
   """
-  for name, value, least in (
-    ("max_length", max_length, 1),
-    ("max_prompt_length", max_prompt_length, 1),
-    ("max_response_length", max_response_length, 0),
+  for name, value in (
+    ("max_length", max_length),
+    ("max_prompt_length", max_prompt_length),
   ):
-    if value < least:
-      raise ValueError(f"{name}={value}: must be at least {least}")
-  lengths = max_length, max_prompt_length, max_response_length or max_length
+    if value < 1:
+      raise ValueError(f"{name}={value}: must be at least 1")
   report = Report()
   columns = [_Lists(), _Lists(), _Lists()]
   score_gaps = array.array("f")
   rows = iter(rows)
   while chunk := list(itertools.islice(rows, CHUNK_ROWS)):
     for row, lists in _tokenize_chunk(chunk, tokenizer, report, where):
-      kept = _truncate(lists, *lengths, report)
+      kept = _truncate(lists, max_length, max_prompt_length, report)
       if kept:
         while len(columns) < len(kept):  # a list longer than those before it
           columns.append(_Lists.of_empty(report.kept - 1))
@@ -209,23 +208,33 @@ def encode_responses(
   tokenizer: Tokenizer,
   prompts: list[examples.Text],
   responses: list[examples.Text],
+  ended: Sequence[bool] | None = None,
 ) -> list[list[int]]:
   """Returns the token ids of responses, each ended by one EOS token.
 
-  They continue the ids that `encode_prompts` has of their prompts.
+  They continue the ids that `encode_prompts` has of their prompts. What did not
+  end has neither EOS nor what a template writes behind a message, and no token
+  where it has no text.
+
+  Args:
+    tokenizer: of `load_tokenizer`.
+    prompts: of each response.
+    responses: what stands behind the prompts.
+    ended: whether each response ended; by default all did.
 
   Raises:
     ValueError: messages that the tokenizer's chat template cannot write, or
       whose prompt it writes differently once its response is there.
   """
+  ended = [True] * len(responses) if ended is None else ended
   texts = []
-  pairs = zip(prompts, responses, strict=True)
-  for number, (prompt, response) in enumerate(pairs, 1):
+  rows = zip(prompts, responses, ended, strict=True)
+  for number, (prompt, response, has_end) in enumerate(rows, 1):
     with _naming(f"response {number} of {len(responses)}"):
       before = chat.prompt_text(tokenizer, prompt)
-      whole = chat.whole_text(tokenizer, prompt, response, before)
+      whole = chat.whole_text(tokenizer, prompt, response, before, has_end)
     texts.append((before, whole))
-  return _encode_responses(tokenizer, texts)
+  return _encode_responses(tokenizer, texts, ended)
 
 
 def decode(
@@ -260,27 +269,38 @@ def _tokenize_chunk(
   where: Callable[[int], str],
 ) -> Iterator[tuple[dict, tuple[list[int], ...]]]:
   """Yields rows that are not dropped, with tokens of prompt and responses."""
-  kept, befores, wholes = [], [], []
+  kept, befores, wholes, ended = [], [], [], []
   for number, row in enumerate(rows, report.read + 1):
     if "dropped" in row:
       report.drop(row["dropped"])
       continue
     with _naming(where(number)):
       before = chat.prompt_text(tokenizer, row["prompt"])
-      present = [
-        chat.whole_text(tokenizer, row["prompt"], response, before)
-        for response in _responses(row)
-        if response is not None
-      ]
+      for response, has_end in zip(
+        _responses(row), endings.of(row), strict=True
+      ):
+        if response is not None:
+          whole = chat.whole_text(
+            tokenizer, row["prompt"], response, before, has_end
+          )
+          wholes.append((before, whole))
+          ended.append(has_end)
     kept.append(row)
     befores.append(before)
-    wholes.extend((before, whole) for whole in present)
   report.read += len(rows)
   prompts = _encode_prompts(tokenizer, [x["prompt"] for x in kept], befores)
-  encoded = iter(_encode_responses(tokenizer, wholes))
+  encoded = iter(_encode_responses(tokenizer, wholes, ended))
   for row, prompt in zip(kept, prompts, strict=True):
-    columns = [[] if x is None else next(encoded) for x in _responses(row)]
-    yield row, (prompt, *columns)
+    lists = [None if x is None else next(encoded) for x in _responses(row)]
+    if [] in lists:  # as empty as a response that is absent
+      report.drop("a response without a token that did not end")
+      continue
+    report.not_ended += sum(
+      not has_end
+      for tokens, has_end in zip(lists, endings.of(row), strict=True)
+      if tokens
+    )
+    yield row, (prompt, *(tokens or [] for tokens in lists))
 
 
 def _responses(row: dict) -> list[examples.Text | None]:
@@ -297,13 +317,12 @@ def _truncate(
   lists: tuple[list[int], ...],
   max_length: int,
   max_prompt_length: int,
-  max_response_length: int,
   report: Report,
 ) -> tuple[list[int], ...] | None:
   """Returns prompt and responses cut to length; None when dropped."""
   prompt, *responses = lists
   kept_prompt = prompt[-max_prompt_length:]
-  room = min(max_length - len(kept_prompt), max_response_length)
+  room = max_length - len(kept_prompt)
   if room <= 0:
     report.drop("no room for a response")
     return None
@@ -331,18 +350,19 @@ def _encode_prompts(
 
 
 def _encode_responses(
-  tokenizer: Tokenizer, texts: list[tuple[str, str]]
+  tokenizer: Tokenizer, texts: list[tuple[str, str]], ended: Sequence[bool]
 ) -> list[list[int]]:
-  """Returns the token ids of responses, each ended by one EOS token.
+  """Returns the token ids of responses, those that ended with one EOS token.
 
   Args:
     tokenizer: of the texts.
     texts: of each response its prompt, and prompt and response as one text.
+    ended: whether each response ended.
   """
   eos = tokenizer.eos_token_id
   encoded = continuation.encode_behind(tokenizer, texts)
-  for ids in encoded:
-    if ids[-1:] != [eos]:
+  for ids, has_end in zip(encoded, ended, strict=True):
+    if has_end and ids[-1:] != [eos]:
       ids.append(eos)
   return encoded
 

@@ -33,7 +33,6 @@ class Settings:
     beta: scales log-ratios to rewards, above 0.
     max_length: tokens of prompt and one response.
     max_prompt_length: tokens.
-    max_response_length: tokens; 0: no bound.
     dtype: of matmuls.
   """
 
@@ -42,7 +41,6 @@ class Settings:
   beta: float
   max_length: int
   max_prompt_length: int
-  max_response_length: int
   dtype: str
 
 
@@ -64,7 +62,6 @@ def make_settings(path: str, *, dtype: str = "auto", **given: Any) -> Settings:
   defaults: dict[str, Any] = {
     "max_length": 512,
     "max_prompt_length": 256,
-    "max_response_length": 0,
   }
   run, _ = source.split_step(path)
   file = pathlib.Path(run) / "config.json"
@@ -162,7 +159,6 @@ def _tokenize(rows, path, tokenizer, settings):
       inputs="pairs",
       max_length=settings.max_length,
       max_prompt_length=settings.max_prompt_length,
-      max_response_length=settings.max_response_length,
       where=lambda _, number=number: examples.where(path, number),
     )
     dropped.update(report.dropped)

@@ -19,6 +19,7 @@ from dpo_jax.evaluation import intervals, judges, win_rate_report
 from dpo_jax.evaluation.judges import Comparison, Decision
 
 ALL = "all"
+SHOWN = ("prompt", "first", "second")
 NOT_TEXT = "a response is true or false"
 LABELS = {0: judges.TIE, 1: judges.FIRST, 2: judges.SECOND}
 
@@ -238,7 +239,7 @@ def _record(row: Labelled, decision: Decision) -> dict[str, Any]:
     "data": row.data,
     "row": row.row,
     "subset": row.subset,
-    **dataclasses.asdict(row.comparison),
+    **dict(zip(SHOWN, row.comparison.texts, strict=True)),
     "labels": row.labels,
     "majority": row.majority,
     **decision.record(),

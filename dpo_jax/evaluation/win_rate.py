@@ -32,6 +32,7 @@ class Response:
     method: what produced it.
     temperature: that it was sampled at; None if its row does not say.
     step: of the run that produced it; None if its row does not say.
+    ended: whether it ended or was cut.
   """
 
   where: str
@@ -40,6 +41,7 @@ class Response:
   method: str
   temperature: float | None
   step: int | None = None
+  ended: bool = True
 
   @property
   def cell(self) -> tuple[str, float | None, int | None]:
@@ -124,7 +126,8 @@ def read_responses(spec: str) -> list[Response]:
       )
     prompt, text = _as_text(example["prompt"]), _as_text(example["response"])
     cell = method, _temperature(row, where), _step(row, where)
-    kept.append(Response(where, prompt, text, *cell))
+    ended = example.get("ended", True)
+    kept.append(Response(where, prompt, text, *cell, ended))
   notes = "".join(f"; {n} dropped: {why}" for why, n in dropped.items())
   if not kept:
     raise ValueError(f"{path!r}: no row is kept{notes}")
@@ -167,7 +170,10 @@ def compare(
 ) -> list[Decision]:
   """Returns a decision for each match, in which the policy is `first`."""
   comparisons = [
-    judges.Comparison(x.policy.prompt, x.policy.text, x.baseline.text)
+    judges.Comparison(
+      *(x.policy.prompt, x.policy.text, x.baseline.text),
+      *(x.policy.ended, x.baseline.ended),
+    )
     for x in matches
   ]
   return judges.decide(judge, comparisons, order=order, seed=seed)

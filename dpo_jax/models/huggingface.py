@@ -120,7 +120,7 @@ def save_model(
   params: Params,
   *,
   bos_token_id: int | None = None,
-  eos_token_id: int | None = None,
+  eos_token_id: int | list[int] | None = None,
   max_shard_bytes: float = 5e9,
 ) -> None:
   """Writes config.json and the parameters, in the dtype that they have.
@@ -133,7 +133,7 @@ def save_model(
     config: the model.
     params: its parameters, laid out in any way.
     bos_token_id: the tokenizer's, for whoever generates from the folder.
-    eos_token_id: likewise.
+    eos_token_id: what ends a response: one id or several.
     max_shard_bytes: several files and an index are written above this.
   """
   writes = jax.process_index() == 0
@@ -170,7 +170,7 @@ def write_config(
   config: ModelConfig,
   *,
   bos_token_id: int | None = None,
-  eos_token_id: int | None = None,
+  eos_token_id: int | list[int] | None = None,
 ) -> None:
   """Writes config.json alone; the arguments are those of `save_model`."""
   values = huggingface_config.render(config)

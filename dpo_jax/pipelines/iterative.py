@@ -11,8 +11,9 @@ arXiv 2404.03715, algorithm 2), whose policy of round t+1 maximises
 Differs: a reward says which response is better, no judge of pairs; there are
 no responses of a stronger model, and every round has pairs of its own only.
 
-  samples_K.jsonl  of the policy before round K: prompt, response, reward, logp
-                   and reference_logp (of the first policy, nats)
+  samples_K.jsonl  of the policy before round K: prompt, response, whether it
+                   ended, reward, logp and reference_logp (of the first policy,
+                   nats)
   pairs_K.jsonl    what round K is trained on
   round_K/         the run
   rounds.jsonl     a line for each policy: reward and KL of its samples, and
@@ -153,7 +154,7 @@ def run(
 
 
 def make_pairs(
-  responses: Sequence[str],
+  responses: Sequence[Any],
   rewards: Sequence[float],
   *,
   pairs: str,
@@ -162,7 +163,8 @@ def make_pairs(
   """Returns which samples of a prompt are chosen and rejected, the best first.
 
   Args:
-    responses: texts; equal ones make no pair, whatever rounding says.
+    responses: texts, or what they are known by; equal ones make no pair,
+      whatever rounding says.
     rewards: one for each.
     pairs: one of `PAIRS`.
     min_margin: rewards are further apart than this.
@@ -229,10 +231,6 @@ def _round_config(config, settings, policy, pairs) -> ConfigDict:
   config.model.preset, config.model.path = "", policy
   config.data.source, config.data.path = "jsonl", pairs
   config.data.eval_path = ""
-  # Samples that were cut have no EOS.
-  config.data.max_response_length = (
-    config.data.max_response_length or settings.sampling.max_new_tokens
-  )
   if settings.reference == "first":
     config.reference.path = settings.policy
   return config
@@ -264,7 +262,8 @@ def _sample(path, prompts, settings, plain, number) -> list[dict[str, Any]]:
   repeat = lambda values: [x for x in values for _ in range(settings.samples)]
   prompts, tokens, places = map(repeat, (prompts, tokens, places))
   responses = [sample.tokens for sample in samples]
-  _, texts = tokenize.decode(model.tokenizer, tokens, responses)
+  content = [sample.content for sample in samples]
+  _, texts = tokenize.decode(model.tokenizer, tokens, content)
   texts = [
     chat.content(model.tokenizer, prompt, text)
     for prompt, text in zip(prompts, texts, strict=True)
@@ -279,6 +278,7 @@ def _sample(path, prompts, settings, plain, number) -> list[dict[str, Any]]:
       text if isinstance(prompt, str) else [_message(text)]
       for prompt, text in zip(prompts, texts, strict=True)
     ],
+    ended=[sample.ended for sample in samples],
   )
   return [
     {
@@ -287,6 +287,7 @@ def _sample(path, prompts, settings, plain, number) -> list[dict[str, Any]]:
       "response": text,
       "reward": float(reward),
       "num_tokens": len(sample.tokens),
+      "ended": sample.ended,
       "logp": float(sample.logps.sum(dtype=np.float64)),
       "reference_logp": float(logp),
     }
@@ -306,7 +307,7 @@ def _pair_rows(rows, settings) -> list[dict[str, Any]]:
   for _, same in itertools.groupby(rows, key=lambda row: row["index"]):
     same = list(same)
     for high, low in make_pairs(
-      [row["response"] for row in same],
+      [(row["response"], row["ended"]) for row in same],
       [row["reward"] for row in same],
       pairs=settings.pairs,
       min_margin=settings.min_margin,
@@ -318,6 +319,8 @@ def _pair_rows(rows, settings) -> list[dict[str, Any]]:
           "rejected": same[low]["response"],
           "chosen_score": same[high]["reward"],
           "rejected_score": same[low]["reward"],
+          "chosen_ended": same[high]["ended"],
+          "rejected_ended": same[low]["ended"],
         }
       )
   return found

@@ -121,7 +121,6 @@ def test_cached_tokens_are_memory_mapped(load):
     {"rows": PAIRS[:4]},
     {"max_length": 98},
     {"max_prompt_length": 49},
-    {"max_response_length": 48},
     {"inputs": "demonstrations"},
     {"source": "hub"},
   ],

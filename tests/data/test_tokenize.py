@@ -23,7 +23,6 @@ def run(
   inputs="pairs",
   max_length=99,
   max_prompt_length=50,
-  max_response_length=0,
 ):
   """Returns the texts of prompt, chosen and rejected of pairs; the report."""
   tokens, report = tokenize.tokenize(
@@ -32,7 +31,6 @@ def run(
     inputs=inputs,
     max_length=max_length,
     max_prompt_length=max_prompt_length,
-    max_response_length=max_response_length,
   )
   columns = [
     [tokenizer.decode(c.values[a:b]) for a, b in zip(c.offsets, c.offsets[1:])]
@@ -106,15 +104,33 @@ def test_responses_are_cut_on_the_right_exactly_at_the_limit(tokenizer):
   assert report.identical == 1
 
 
-def test_a_sample_that_was_cut_has_no_eos_at_its_own_length(tokenizer):
-  rows = [pair("pp", "abc", "abcd")]
-  texts, report = run(rows, tokenizer, max_response_length=4)
-  assert texts == [("pp", "abc</s>", "abcd")]
-  assert report.truncated_responses == 1
-  texts, _ = run(rows, tokenizer, max_response_length=4, max_length=5)
-  assert texts == [("pp", "abc", "abc")]
-  with pytest.raises(ValueError, match="max_response_length=-1: must be at"):
-    run(rows, tokenizer, max_response_length=-1)
+def test_a_response_that_did_not_end_has_no_eos(tokenizer):
+  rows = [
+    pair("p", "c", "r") | {"rejected_ended": False},
+    pair("p", "", "") | {"chosen_ended": False},
+  ]
+  texts, report = run(rows, tokenizer)
+  assert texts == [("p", "c</s>", "r")]
+  assert (report.kept, report.not_ended) == (1, 1)
+  assert report.dropped == {"a response without a token that did not end": 1}
+  lines = tokenize.report_lines(report)
+  assert "         1  responses that did not end (no EOS)" in lines
+  rows = [{"prompt": "p", "responses": ["a", "b"], "ended": [False, True]}]
+  assert run(rows, tokenizer, inputs="ranked")[0] == [("p", "a", "b</s>")]
+  rows = [{"prompt": "p", "response": "a", "ended": False, "label": False}]
+  assert run(rows, tokenizer, inputs="labelled")[0] == [("p", "", "a")]
+
+
+@pytest.mark.parametrize("end", ["eos_token", "''", "'<|im_end|>'"])
+def test_a_message_that_did_not_end_has_nothing_of_the_template_behind_it(
+  end, make_tokenizer, chat_template
+):
+  template = chat_template.replace("eos_token", end)
+  tokenizer = make_tokenizer(bos=True, template=template)
+  rows = [pair([USER], [GOOD], [GOOD]) | {"rejected_ended": False}]
+  ((prompt, chosen, rejected),), _ = run(rows, tokenizer)
+  assert prompt == "<s>[user]u\n[assistant]"
+  assert chosen.endswith("</s>") and rejected == "g"
 
 
 def test_pair_without_room_for_a_response_is_dropped_and_counted(tokenizer):

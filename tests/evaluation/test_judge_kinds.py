@@ -21,7 +21,7 @@ def test_length_prefers_the_longer():
 def test_a_reward_model_is_loaded_from_its_folder(monkeypatch):
   def load(path):
     assert path == "runs/reward:1"
-    return lambda prompts, responses: np.array([-len(x) for x in responses])
+    return lambda _, texts, ended: np.array([-len(x) for x in texts])
 
   learned = types.ModuleType("dpo_jax.rewards.learned")
   learned.load = load

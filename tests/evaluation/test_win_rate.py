@@ -56,6 +56,23 @@ def test_wins_and_losses_have_wilsons_interval(tmp_path, order):
   assert cell.consistency == (1 if order == "both" else None)
 
 
+def test_a_judge_is_told_which_responses_were_cut(tmp_path):
+  shown = []
+
+  def compare(comparisons):
+    shown.extend(comparisons)
+    return _by_words(comparisons)
+
+  policy = [_row("a", "good", ended=False), _row("b", "good", ended=True)]
+  baseline = [
+    {"prompt": "a", "chosen": "x", "rejected": "y", "chosen_ended": True},
+    {"prompt": "b", "chosen": "x", "rejected": "y", "chosen_ended": False},
+  ]
+  _cells(tmp_path, policy, baseline, Judge("words", compare))
+  ended = [(x.first_ended, x.second_ended) for x in shown]
+  assert ended == [(False, True), (True, False), (True, False), (False, True)]
+
+
 def test_a_tie_is_half_a_win(tmp_path):
   policy = [_row("a", "good"), _row("b", "fine"), _row("c", "fine")]
   (cell,) = _cells(tmp_path, policy, BASELINE)

@@ -84,7 +84,14 @@ def test_pairs_obey_the_reward(folder):
       by_prompt.setdefault(row["prompt"], []).append(row)
     pairs = _rows(folder / f"rounds/pairs_{number}.jsonl")
     assert 4 <= len(pairs) <= 12 == len(by_prompt)
+    for row in samples:
+      assert row["ended"] or row["num_tokens"] == 12
+    assert {row["ended"] for row in samples} == {True, False}
     for pair in pairs:
+      for name in ("chosen", "rejected"):
+        ended = (pair[name], pair[f"{name}_ended"])
+        same = by_prompt[pair["prompt"]]
+        assert ended in [(row["response"], row["ended"]) for row in same]
       chosen, rejected = (
         synthetic.true_reward(pair["prompt"] + pair[name])
         for name in ("chosen", "rejected")
