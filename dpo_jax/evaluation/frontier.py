@@ -75,7 +75,7 @@ def sequence_kl(
 ) -> Float[np.ndarray, "*samples"]:
   """Returns the estimate of KL(policy || reference) from each sample, in nats.
 
-  The log-ratio of a response that the policy sampled at temperature 1: its
+  The log-ratio of a response, where the policy is what it was drawn from: its
   mean has no bias, and single values may be below 0.
   """
   return np.asarray(policy_logps, np.float64) - np.asarray(

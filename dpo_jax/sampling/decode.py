@@ -68,10 +68,13 @@ class Sample:
     tokens: token ids.
     logps: f32, the log-probability of each under the model itself, whatever
       the temperature and the tokens left out, nats.
+    drawn_logps: f32, that under what it was drawn from: the model at this
+      temperature, without those tokens; 0 where the most likely one is taken.
   """
 
   tokens: list[int]
   logps: np.ndarray
+  drawn_logps: np.ndarray
 
 
 class Sampler:
@@ -195,9 +198,9 @@ def _by_length(prompts: Sequence[Sequence[int]]) -> dict[int, list[int]]:
 def _to_samples(
   tokens: np.ndarray, logps: np.ndarray, lengths: np.ndarray, per_prompt: int
 ) -> list[list[Sample]]:
-  """Returns the samples of each prompt from rows [R,U] and their lengths."""
+  """Returns the samples of each prompt from what `_sample_rows` returns."""
   rows = [
-    Sample(tokens[row, :length].tolist(), logps[row, :length])
+    Sample(tokens[row, :length].tolist(), *logps[row, :length].T)
     for row, length in enumerate(lengths)
   ]
   return [
@@ -232,8 +235,9 @@ def _sample_rows(
   top_k: int,
   is_greedy: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Returns tokens i32[R,U], logps f32[R,U] and lengths i32[R] of responses.
+  """Returns tokens i32[R,U], logps f32[R,U,2] and lengths i32[R] of responses.
 
+  The last axis of logps has those of the model, and of what was drawn from.
   Rows are the samples of the first prompt, then of the second, ...
   """
   prompt_length = prompts.shape[1]
@@ -249,7 +253,7 @@ def _sample_rows(
 
   def draw(step, logits, tokens, logps, ended):
     if is_greedy:
-      chosen = jnp.argmax(logits, axis=-1)
+      chosen, drawn = jnp.argmax(logits, axis=-1), jnp.zeros(num_rows)
     else:
       step_keys = jax.vmap(fold_in, (0, None))(keys, step)
       # As they are, the sums of `_choose` are those of the log-probability:
@@ -257,12 +261,11 @@ def _sample_rows(
       scaled = logits if temperature is None else logits / temperature
       allowed = _allowed(scaled, top_k, top_p)
       chosen = _choose(jax.vmap(jax.random.uniform)(step_keys), allowed)
+      drawn = _logps_of(allowed, chosen)
     chosen = jnp.where(ended, eos_id, chosen).astype(jnp.int32)
-    of_chosen = jnp.take_along_axis(logits, chosen[:, None], axis=1)[:, 0]
-    highest, sums = _block_sums(logits)
-    of_chosen -= highest + jnp.log(sums.sum(axis=-1))
+    of_chosen = jnp.stack([_logps_of(logits, chosen), drawn], axis=-1)
     tokens = tokens.at[:, step].set(chosen)
-    logps = logps.at[:, step].set(jnp.where(ended, 0.0, of_chosen))
+    logps = logps.at[:, step].set(jnp.where(ended[:, None], 0.0, of_chosen))
     return tokens, logps, ended | (chosen == eos_id)
 
   def unfinished(room, carry):
@@ -302,7 +305,7 @@ def _sample_rows(
     0,
     of_samples(unembedding.logits(states[:, -1])),
     jnp.full(shape, eos_id, jnp.int32),
-    jnp.zeros(shape, jnp.float32),
+    jnp.zeros((*shape, 2), jnp.float32),
     first_positions[:, 0] == 0,
   )
   cache = transformer.make_cache(prompt, num_rows)
@@ -363,6 +366,13 @@ def _block_sums(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
   sums = jnp.concatenate([blocks, rest], axis=1)
   # Or else XLA makes a sum of these another one of all that is in them.
   return highest, jax.lax.optimization_barrier(sums)
+
+
+def _logps_of(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+  """Returns the log-probability f32[R] of a token i32[R] of each row."""
+  highest, sums = _block_sums(logits)
+  found = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0]
+  return found - (highest + jnp.log(sums.sum(axis=-1)))
 
 
 def _choose(uniform: jax.Array, logits: jax.Array) -> jax.Array:
