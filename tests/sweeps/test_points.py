@@ -80,6 +80,10 @@ MISTAKES = {
   "an unknown key": ({"loss.betta": 1}, "did you mean 'loss.beta'?"),
   "a wrong type": ({"loss.beta": "high"}, "could not convert"),
   "a value out of range": ({"loss.beta": -1}, "must be above 0"),
+  "no number": (
+    {"optimizer.learning_rate": "inf"},
+    "optimizer.learning_rate=inf: must be above 0 and finite",
+  ),
   "an unknown loss": ({"loss": "dpoo"}, "did you mean 'dpo'?"),
   "an unknown optimizer": ({"optimizer.name": "adamx"}, "known: adafactor"),
   "an option it lacks": (
