@@ -10,6 +10,7 @@ FLOORS = {
   "types": 0,
   "limits": 1,
   "sharding": 1,
+  "user_code": 1,
   "data": 2,
   "models": 2,
   "losses": 2,
