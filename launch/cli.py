@@ -116,10 +116,20 @@ def _parse_flags(num_arguments: int, argv: list[str]) -> list[str]:
     raise ValueError(
       f"unexpected argument {unexpected[0]!r}; flags begin with --"
     )
+  _check_numbers(flags.FLAGS)
   if flags.FLAGS["verbosity"].using_default_value:
     # absl would show INFO, at which Orbax tells of every step of a save.
     flags.FLAGS.verbosity = logging.WARNING
   return rest
+
+
+def _check_numbers(values: flags.FlagValues) -> None:
+  """Raises ValueError for a number that no flag allows."""
+  for name in values:
+    value = values[name].value
+    for number in value if isinstance(value, list) else [value]:
+      if isinstance(number, int | float) and not abs(number) < 2**63:
+        raise ValueError(f"--{name}={number}: must be finite and fit 64 bits")
 
 
 def _read_flags(values: flags.FlagValues, argv: list[str]) -> list[str]:
@@ -130,6 +140,9 @@ def _read_flags(values: flags.FlagValues, argv: list[str]) -> list[str]:
       # ml_collections keeps a failure to load for the first use: this is one.
       if flag.present and not isinstance(flag.value, config_dict.ConfigDict):
         raise TypeError(f"--{flag.name} is no config")
+      for key, value in (flag.present and flag.override_values or {}).items():
+        if isinstance(value, config_dict.ConfigDict):
+          raise TypeError(f"{key!r} is a group; give its keys one by one")
   except Exception as error:
     for flag in _config_flags(values):
       _raise_for_config(flag, argv, error)

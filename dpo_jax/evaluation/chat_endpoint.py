@@ -10,6 +10,7 @@ import email.message
 import email.utils
 import http.client
 import json
+import math
 import random
 import threading
 import time
@@ -73,7 +74,9 @@ class ChatEndpoint:
       raise ValueError("a chat endpoint needs a model: endpoint:MODEL")
     if num_threads < 1:
       raise ValueError(f"num_threads={num_threads}: must be at least 1")
-    if prices is not None and (len(prices) != 2 or min(prices) < 0):
+    if prices is not None and not (
+      len(prices) == 2 and all(0 <= price < math.inf for price in prices)
+    ):
       raise ValueError(
         f"prices={list(prices)}: must be two numbers of at least 0, of a"
         " million tokens of prompts and of completions"

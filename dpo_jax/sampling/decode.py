@@ -26,6 +26,8 @@ MIN_PROMPT_LENGTH = 16
 # A cache is doubled when it is full, up to so many lengths.
 MIN_ROOM, MAX_ROOMS = 64, 3
 
+MAX_NEW_TOKENS = 2**20  # more than any model reads
+
 # Tokens of the vocabulary whose probabilities are summed first.
 BLOCK = 256
 
@@ -35,7 +37,8 @@ class Settings:
   """How tokens are drawn.
 
   Attributes:
-    max_new_tokens: at which length a response is cut, at least 1.
+    max_new_tokens: at which length a response is cut, from 1 to
+      `MAX_NEW_TOKENS`.
     temperature: logits are divided by it; 0 takes the most likely token.
     top_k: only the k most likely tokens are drawn; 0: all.
     top_p: of these, only the fewest that hold this share of the probability
@@ -48,8 +51,11 @@ class Settings:
   top_p: float = 1.0
 
   def __post_init__(self):
-    if self.max_new_tokens < 1:
-      raise ValueError(f"max_new_tokens={self.max_new_tokens}: at least 1")
+    if not 1 <= self.max_new_tokens <= MAX_NEW_TOKENS:
+      raise ValueError(
+        f"max_new_tokens={self.max_new_tokens}: at least 1 and at most"
+        f" {MAX_NEW_TOKENS}"
+      )
     if not 0 <= self.temperature < math.inf:
       raise ValueError(
         f"temperature={self.temperature:g}: must be finite, at least 0"

@@ -3,6 +3,7 @@
 import base64
 import email.utils
 import json
+import math
 import time
 import traceback
 import urllib.parse
@@ -350,6 +351,7 @@ def test_half_a_character_is_replaced(server, make_endpoint):
     ({"num_threads": 0}, {}, "num_threads=0: must be at least 1"),
     ({"prices": [1.0]}, {}, r"prices=\[1.0\]: must be two numbers"),
     ({"prices": [1.0, -1.0]}, {}, "must be two numbers of at least 0"),
+    ({"prices": [1.0, math.nan]}, {}, "must be two numbers of at least 0"),
   ],
 )
 def test_settings_that_cannot_be_are_refused(

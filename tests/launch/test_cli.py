@@ -19,6 +19,7 @@ from launch import cli
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="A file.")
 flags.DEFINE_integer("processes", 1, "How many.", lower_bound=1)
+flags.DEFINE_multi_float("price", [], "Of what.", lower_bound=0)
 flags.mark_flag_as_required("config")
 
 
@@ -134,6 +135,9 @@ MISTAKES = {
   ),
   "--config=config.py --config.steps=1.5": "flag --config.steps=1.5: ",
   "--config=config.py --config.loss=dpo": "flag --config.loss=dpo: ",
+  "--config=config.py --config.loss={}": (
+    "a config override has the wrong type: 'loss' is a group; give its keys"
+  ),
   "--config=config.py --config.loss.beta=-1": "loss.beta=-1.0: must be above 0",
   "--config=config.py:dpoo": (
     "--config=config.py:dpoo: unknown loss 'dpoo'; known: dpo, ipo"
@@ -174,6 +178,11 @@ MISTAKES = {
   "--config": "Missing value for flag --config",
   "": "flag --config=None: Flag --config must have a value other than None.",
   "--config=config.py --processes=0": "flag --processes=0: ",
+  f"--config=config.py --processes={2**63}": (
+    "--processes=9223372036854775808: must be finite and fit 64 bits"
+  ),
+  "--config=config.py --price=1 --price=nan": "--price=nan: must be finite",
+  "--config=config.py --price=inf": "--price=inf: must be finite",
   "--config.steps=1 --config=config.py": "Found --config.steps=1 in argv",
   "--config=config.py steps=1": (
     "unexpected argument 'steps=1'; flags begin with --"

@@ -286,6 +286,7 @@ def test_no_prompts_give_no_responses():
   ("options", "message"),
   [
     ({"new": 0}, "max_new_tokens=0: at least 1"),
+    ({"new": 10**9}, "max_new_tokens=1000000000: at least 1 and at most"),
     ({"batch_rows": 0}, "batch_rows=0: must be at least 1"),
     ({"samples_per_prompt": 0}, "samples_per_prompt=0: must be at least 1"),
     ({"temperature": -1.0}, "temperature=-1: must be finite"),
