@@ -12,9 +12,9 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dpo_jax import adapters, batches, reference_model, sharding
+from dpo_jax import adapters, batches, limits, reference_model, sharding
 from dpo_jax import reinforcement as reinforcement_lib
-from dpo_jax.checkpoints import manager, source, stop_tokens
+from dpo_jax.checkpoints import manager, run_folder, source, stop_tokens
 from dpo_jax.data import loader, synthetic, tokenize
 from dpo_jax.losses import objectives
 from dpo_jax.models import config as model_config
@@ -82,6 +82,7 @@ def build(config: ConfigDict) -> Experiment:
   Raises:
     ValueError: something in the config or the data is not right.
   """
+  check(config)
   objective = make_objective(config)
   mesh = sharding.make_mesh(**config.mesh)
   opened, policy = _policy_config(config)
@@ -176,11 +177,12 @@ def build(config: ConfigDict) -> Experiment:
 
 
 def check(config: ConfigDict) -> None:
-  """Checks the loss and the optimizer; reads no data, touches no device.
+  """Checks numbers, loss and optimizer; reads no data, touches no device.
 
   Raises:
     ValueError: one of their options is not right.
   """
+  limits.check(run_folder.flatten(to_plain(config)))
   make_objective(config)
   _make_optimizer(config, max(config.steps, 1))
 
@@ -197,14 +199,12 @@ def make_objective(config: ConfigDict) -> objectives.Objective:
   """
   options = config.loss.to_dict()
   name = options.pop("name")
-  if config.ppo.reward and name != "ppo":
-    raise ValueError(
-      f"ppo.reward='{config.ppo.reward}': loss '{name}' samples no responses"
-    )
   if name == "ppo":
     _check_plain(options)
     _check_ppo(config)
     name = "sft"
+  else:
+    reinforcement_lib.check_unused(config.ppo.to_dict(), name)
   keys = "f_divergence f_alpha ld_alpha wpo sft_weight prompt_nll".split()
   modifiers = {key: options.pop(key) for key in keys}
   given = {key: value for key, value in options.items() if value is not None}
@@ -299,10 +299,6 @@ def _fit_policy(config, policy, tokenizer, *, from_scratch):
       f"data.max_length={config.data.max_length}: the model has"
       f" {policy.max_positions} positions"
     )
-  if config.model.router_loss < 0:
-    raise ValueError(
-      f"model.router_loss={config.model.router_loss:g}: must be at least 0"
-    )
   num_experts, shards = policy.num_experts, config.mesh.expert
   if shards > 1 and (not num_experts or num_experts % shards):
     raise ValueError(
@@ -373,10 +369,6 @@ def _best_metric(config, objective, eval_loader):
 
 
 def _total_steps(config, batches):
-  if config.steps < 0 or config.epochs < 0:
-    raise ValueError(
-      f"steps={config.steps}, epochs={config.epochs}: must be at least 0"
-    )
   if config.steps:
     return config.steps
   total = math.ceil(config.epochs * batches.num_pairs / config.batch_size)

@@ -18,6 +18,13 @@ from dpo_jax.training import iteration, loop, ppo, state, steps
 from dpo_jax.types import Array
 
 BATCH_ROWS = 256  # responses that grow at once
+# The group `ppo` of a config where nothing of it was changed.
+DEFAULTS = {
+  **{field.name: field.default for field in dataclasses.fields(ppo.Settings)},
+  "reward": "",
+  "max_new_tokens": 128,
+  "temperature": 1.0,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +49,16 @@ class Reinforcement:
   def updates_per_step(self) -> int:
     """Updates of the parameters in an iteration, which is a step of a run."""
     return self.settings.epochs * self.settings.minibatches
+
+
+def check_unused(options: Mapping[str, Any], loss_name: str) -> None:
+  """Raises ValueError where an option of PPO is set for another loss."""
+  for key, default in DEFAULTS.items():
+    if options[key] != default:
+      raise ValueError(
+        f"ppo.{key}={options[key]!r}: loss '{loss_name}' does not honour it;"
+        " 'ppo' does"
+      )
 
 
 def check(

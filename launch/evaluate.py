@@ -74,7 +74,7 @@ JUDGE = flags.DEFINE_string(
 ORDER = flags.DEFINE_string(
   "order", "both", "both: every comparison twice, swapped; or random: once."
 )
-SEED = flags.DEFINE_integer("seed", 0, "Of random orders and intervals.", 0)
+SEED = flags.DEFINE_integer("seed", 0, "Of random orders.", 0)
 PROMPT = flags.DEFINE_string(
   "judge_prompt",
   None,

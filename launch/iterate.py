@@ -40,7 +40,7 @@ MAX_NEW_TOKENS = flags.DEFINE_integer(
   "max_new_tokens", 256, "At which length a response is cut.", lower_bound=1
 )
 TEMPERATURE = flags.DEFINE_float(
-  "temperature", 1.0, "At 1, the KL that is shown has no bias."
+  "temperature", 1.0, "The KL that is shown is of what is sampled at it."
 )
 TOP_P = flags.DEFINE_float("top_p", 1.0, "1: all tokens.")
 PAIRS = flags.DEFINE_enum(

@@ -104,7 +104,8 @@ def test_a_sampled_reply_is_the_content_of_its_message(policy, monkeypatch):
   reply = [{"role": "assistant", "content": "there was"}]
   (prompt,) = tokenize.encode_prompts(tokenizer, [chat])
   (ids,) = tokenize.encode_responses(tokenizer, [chat], [reply])
-  sample = decode.Sample(ids, np.zeros(len(ids), np.float32), ended=True)
+  zeros = np.zeros(len(ids), np.float32)
+  sample = decode.Sample(ids, zeros, True, zeros)
   (line,) = policy_lib._lines(policy, chat, prompt, [sample], {})
   assert tokenizer.convert_ids_to_tokens(ids[:2]) == ["▁there", "▁was"]
   assert line["response"] == "there was"

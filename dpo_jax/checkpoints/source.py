@@ -111,11 +111,16 @@ def open_adapter(path: str, *, step: int | None = None) -> AdapterSource | None:
     step: which checkpoint of a run; the newest by default.
 
   Raises:
-    ValueError: there is no such model, or adapters that cannot be read.
+    ValueError: there is no such model, a step of what is no run, or adapters
+      that cannot be read.
   """
   path, step = split_step(path, step)
   if not is_run(path):
     folder = _resolve(path)
+    if step is not None:
+      raise ValueError(
+        f"step={step}: {path!r} has no steps; allowed: a run folder, or none"
+      )
     if not huggingface_adapters.is_adapter(folder):
       return None
     values = huggingface_adapters.read_config(folder)

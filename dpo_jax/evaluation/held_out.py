@@ -175,6 +175,7 @@ def _tokenize(rows, path, tokenizer, settings):
           policy=(0.0, 0.0),
           reference=(0.0, 0.0),
           lengths=(len(lists[1]), len(lists[2])),
+          prompt=str(row["prompt"]),
         ),
         lists,
       )

@@ -99,7 +99,7 @@ def evaluate(
     output: folder; gets `comparisons.jsonl`, a line a row; `summary.jsonl`, a
       line for all rows and then one for each subset; and `summary.md`.
     order: of `judges.ORDERS`.
-    seed: of random orders and of the bootstrap.
+    seed: of random orders.
 
   Raises:
     ValueError: a file that cannot be read.
@@ -115,7 +115,7 @@ def evaluate(
       for row, decision in zip(rows, decisions, strict=True)
       if name in (ALL, row.subset)
     ]
-    found.append({"subset": name} | summarise(*zip(*group, strict=True), seed))
+    found.append({"subset": name} | summarise(*zip(*group, strict=True)))
   settings = {"judge": judge.name, "order": order, "seed": seed}
   found[0] |= settings | {"usage": judge.usage()}
   folder = pathlib.Path(output)
@@ -129,7 +129,7 @@ def evaluate(
 
 
 def summarise(
-  rows: Sequence[Labelled], decisions: Sequence[Decision], seed: int
+  rows: Sequence[Labelled], decisions: Sequence[Decision]
 ) -> dict[str, Any]:
   """Returns the figures of a group of rows.
 
@@ -137,8 +137,8 @@ def summarise(
   parsed decision: `ties_in`, where a tie is a label like others; `ties_half`,
   where a tie is half right beside another label, so that chance is one half if
   no majority is a tie; and `ties_out`, over rows where neither is a tie. Each
-  has `share, low, high, interval, num_rows` and, but for `ties_half`, `kappa`.
-  The interval is over prompts. Of the judge with one annotator, and of
+  has `share, low, high, effective_size, num_rows` and, but for `ties_half`,
+  `kappa`. The interval is over prompts. Of the judge with one annotator, and of
   annotators with each other, which is the ceiling: the mean over them, or over
   their pairs.
   """
@@ -160,9 +160,9 @@ def summarise(
     "unparsed": len(rows) - len(both),
     "judge_ties": sum(preferred == judges.TIE for _, preferred in both),
     "majority_ties": sum(row.majority == judges.TIE for row in rows),
-    "ties_in": _agreement(known, seed) | _kappa(known),
-    "ties_half": _agreement(known, seed, tie=0.5),
-    "ties_out": _agreement(decided, seed) | _kappa(decided),
+    "ties_in": _agreement(known) | _kappa(known),
+    "ties_half": _agreement(known, tie=0.5),
+    "ties_out": _agreement(decided) | _kappa(decided),
     "judge_annotator": _mean_agreement(
       [(label, x) for labels, (x,) in single for label in labels]
     ),
@@ -203,13 +203,12 @@ def _share(found: dict[str, Any]) -> str:
 
 
 def _agreement(
-  known: Sequence[tuple[str, str, str]], seed: int, *, tie: float = 0.0
+  known: Sequence[tuple[str, str, str]], *, tie: float = 0.0
 ) -> dict[str, Any]:
   """Returns the agreement of (prompt, majority, judge).
 
   Args:
     known: of each row.
-    seed: of the bootstrap.
     tie: what a tie counts beside another label.
   """
   points = [
@@ -217,7 +216,7 @@ def _agreement(
     for _, ours, theirs in known
   ]
   prompts = [prompt for prompt, _, _ in known]
-  found = intervals.share(points, prompts, by_group=False, seed=seed)
+  found = intervals.share(points, prompts, by_group=False)
   return found | {"num_rows": len(known)}
 
 

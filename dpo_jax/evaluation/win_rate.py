@@ -70,7 +70,7 @@ class Cell:
     wins, ties, losses, unparsed: they add up to that.
     win_rate: mean over prompts.
     low, high: the 95% interval.
-    interval: its kind, `wilson` or `bootstrap`.
+    effective_size: independent comparisons that would tell as much.
     first_share, consistency: of `judges.position_statistics`.
   """
 
@@ -86,7 +86,7 @@ class Cell:
   win_rate: float | None
   low: float | None
   high: float | None
-  interval: str | None
+  effective_size: float | None
   first_share: float | None
   consistency: float | None
 
@@ -180,14 +180,13 @@ def compare(
 
 
 def summarise(
-  matches: Sequence[Match], decisions: Sequence[Decision], *, seed: int
+  matches: Sequence[Match], decisions: Sequence[Decision]
 ) -> list[Cell]:
   """Returns the cells by method as they came, by temperature, and by step.
 
   Args:
     matches: at least one.
     decisions: of `compare`.
-    seed: of the bootstrap.
   """
   groups = collections.defaultdict(list)
   for one, decision in zip(matches, decisions, strict=True):
@@ -196,7 +195,7 @@ def summarise(
   place = lambda x: (x is None, x or 0)
   order = lambda cell: (methods.index(cell[0]), *map(place, cell[1:]))
   cells = sorted(groups, key=order)
-  return [_cell(*cell, groups[cell], seed) for cell in cells]
+  return [_cell(*cell, groups[cell]) for cell in cells]
 
 
 def _cell(
@@ -204,17 +203,13 @@ def _cell(
   temperature: float | None,
   step: int | None,
   group: list[tuple[str, Decision]],
-  seed: int,
 ) -> Cell:
   decisions = [decision for _, decision in group]
   counts = collections.Counter(decision.preferred for decision in decisions)
   parsed = [(x, y.preferred) for x, y in group if y.preferred is not None]
   prompts = [prompt for prompt, _ in parsed]
   found = intervals.share(
-    [POINTS[preferred] for _, preferred in parsed],
-    prompts,
-    by_group=True,
-    seed=seed,
+    [POINTS[preferred] for _, preferred in parsed], prompts, by_group=True
   )
   return Cell(
     method=method,

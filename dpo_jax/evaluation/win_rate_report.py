@@ -30,7 +30,7 @@ def evaluate(
     baseline: a file of responses to the same prompts.
     output: folder; see `write`.
     order: of `judges.ORDERS`.
-    seed: of random orders and of the bootstrap.
+    seed: of random orders.
 
   Raises:
     ValueError: a file that cannot be read or matched.
@@ -42,7 +42,7 @@ def evaluate(
   prompts = {x.prompt for x in against}
   settings = {"order": order, "seed": seed, "baseline": baseline}
   settings |= {"num_baseline_prompts": len(prompts), "judge": judge.name}
-  cells = win_rate.summarise(matches, decisions, seed=seed)
+  cells = win_rate.summarise(matches, decisions)
   settings["usage"] = judge.usage()
   return write(output, cells, settings, matches, decisions)
 
@@ -132,7 +132,7 @@ def draw(ax: axes.Axes, cells: Sequence[Cell]) -> None:
         ax.axhspan(x.low, x.high, color=color, alpha=0.12, linewidth=0)
     found = [x for x in found if getattr(x, over) is not None]
     if found:
-      # A bootstrap of skewed values may leave their mean outside by rounding.
+      # Rounding may leave a rate of 0 or 1 outside of its interval.
       below = [max(x.win_rate - x.low, 0) for x in found]
       above = [max(x.high - x.win_rate, 0) for x in found]
       ax.errorbar(

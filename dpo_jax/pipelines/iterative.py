@@ -12,12 +12,14 @@ Differs: a reward says which response is better, no judge of pairs; there are
 no responses of a stronger model, and every round has pairs of its own only.
 
   samples_K.jsonl  of the policy before round K: prompt, response, whether it
-                   ended, reward, logp and reference_logp (of the first policy,
-                   nats)
+                   ended, reward, and in nats logp, drawn_logp (under what it
+                   was drawn from: the policy at the temperature and top_p of
+                   sampling) and reference_logp (of the first policy as it is)
   pairs_K.jsonl    what round K is trained on
   round_K/         the run
-  rounds.jsonl     a line for each policy: reward and KL of its samples, and
-                   how many pairs they make
+  rounds.jsonl     a line for each policy: reward of its samples, KL to the
+                   first policy of what they were drawn from, and how many
+                   pairs they make
   config.json      of the rounds, and the settings under `iterative`
 
 A stage whose file is there, or whose run is finished, is skipped.
@@ -135,7 +137,7 @@ def run(
     lines.append(line | _summary(rows))
     _write(folder / "rounds.jsonl", lines)
     if number > rounds:
-      _say(table(lines))
+      _say(table(lines, settings.sampling))
       return True
     if not pairs:
       raise ValueError(
@@ -180,10 +182,17 @@ def make_pairs(
   ]
 
 
-def table(lines: Sequence[dict[str, Any]]) -> str:
-  """Returns the lines of rounds.jsonl as a Markdown table."""
+def table(lines: Sequence[dict[str, Any]], sampling: decode.Settings) -> str:
+  """Returns the lines of rounds.jsonl as a Markdown table.
+
+  Its KL is of what was sampled to the first policy as it is; the head says so
+  where sampling changes the policy.
+  """
+  kl = "KL"
+  if (sampling.temperature, sampling.top_p) != (1, 1):
+    kl += f" at temperature {sampling.temperature:g}, top_p {sampling.top_p:g}"
   found = [
-    "| rounds | reward | KL to the first, nats | tokens | samples | pairs |",
+    f"| rounds | reward | {kl} to the first, nats | tokens | samples | pairs |",
     "|---:|---:|---:|---:|---:|---:|",
   ]
   for x in lines:
@@ -289,6 +298,7 @@ def _sample(path, prompts, settings, plain, number) -> list[dict[str, Any]]:
       "num_tokens": len(sample.tokens),
       "ended": sample.ended,
       "logp": float(sample.logps.sum(dtype=np.float64)),
+      "drawn_logp": float(sample.drawn_logps.sum(dtype=np.float64)),
       "reference_logp": float(logp),
     }
     for place, prompt, text, reward, sample, logp in zip(
@@ -334,7 +344,7 @@ def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
   )
   point = frontier.make_point(
     "",
-    policy_logps=column("logp"),
+    policy_logps=column("drawn_logp"),
     reference_logps=column("reference_logp"),
     rewards=column("reward"),
   )

@@ -307,9 +307,7 @@ class _Experiment:
     for kind in ("all", *sorted(set(kinds) - {"all"})):
       here = np.flatnonzero((kinds == kind) | (kind == "all"))
       prompts = [rows[n]["prompt"] for n in here]
-      found = intervals.share(
-        points[here].tolist(), prompts, by_group=False, seed=0
-      )
+      found = intervals.share(points[here].tolist(), prompts, by_group=False)
       record["subsets"][kind] = {"pairs": len(here)} | found
     stages.replace(path, json.dumps(record, indent=2) + "\n")
 

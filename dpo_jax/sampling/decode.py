@@ -27,13 +27,16 @@ MIN_PROMPT_LENGTH = 16
 # A cache is doubled when it is full, up to so many lengths.
 MIN_ROOM, MAX_ROOMS = 64, 3
 
+MAX_NEW_TOKENS = 2**20  # more than any model reads
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
   """How tokens are drawn.
 
   Attributes:
-    max_new_tokens: at which length a response is cut, at least 1.
+    max_new_tokens: at which length a response is cut, from 1 to
+      `MAX_NEW_TOKENS`.
     temperature: logits are divided by it; 0 takes the most likely token.
     top_k: only the k most likely tokens are drawn; 0: all.
     top_p: of these, only the fewest that hold this share of the probability
@@ -46,8 +49,11 @@ class Settings:
   top_p: float = 1.0
 
   def __post_init__(self):
-    if self.max_new_tokens < 1:
-      raise ValueError(f"max_new_tokens={self.max_new_tokens}: at least 1")
+    if not 1 <= self.max_new_tokens <= MAX_NEW_TOKENS:
+      raise ValueError(
+        f"max_new_tokens={self.max_new_tokens}: at least 1 and at most"
+        f" {MAX_NEW_TOKENS}"
+      )
     if not 0 <= self.temperature < math.inf:
       raise ValueError(
         f"temperature={self.temperature:g}: must be finite, at least 0"
@@ -68,11 +74,14 @@ class Sample:
       the temperature and the tokens left out, nats.
     ended: whether a stop token was drawn, which is the last one; else the
       response was cut.
+    drawn_logps: f32, that under what it was drawn from: the model at this
+      temperature, without those tokens; 0 where the most likely one is taken.
   """
 
   tokens: list[int]
   logps: np.ndarray
   ended: bool
+  drawn_logps: np.ndarray
 
   @property
   def content(self) -> list[int]:
@@ -214,11 +223,13 @@ def _to_samples(
   per_prompt: int,
   stop_ids: frozenset[int],
 ) -> list[list[Sample]]:
-  """Returns the samples of each prompt from rows [R,U] and their lengths."""
+  """Returns the samples of each prompt from what `_sample_rows` returns."""
   rows = [
-    Sample(kept, logps[row, :length], ended=kept[-1] in stop_ids)
+    Sample(kept, own, kept[-1] in stop_ids, drawn)
     for row, length in enumerate(lengths)
-    for kept in [tokens[row, :length].tolist()]
+    for kept, (own, drawn) in [
+      (tokens[row, :length].tolist(), logps[row, :length].T)
+    ]
   ]
   return [
     rows[first : first + per_prompt]
@@ -253,8 +264,9 @@ def _sample_rows(
   top_k: int,
   is_greedy: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Returns tokens i32[R,U], logps f32[R,U] and lengths i32[R] of responses.
+  """Returns tokens i32[R,U], logps f32[R,U,2] and lengths i32[R] of responses.
 
+  The last axis of logps has those of the model, and of what was drawn from.
   Rows are the samples of the first prompt, then of the second, ...
   """
   prompt_length = prompts.shape[1]
@@ -270,7 +282,7 @@ def _sample_rows(
 
   def draw(step, logits, tokens, logps, ended):
     if is_greedy:
-      chosen = jnp.argmax(logits, axis=-1)
+      chosen, drawn = jnp.argmax(logits, axis=-1), jnp.zeros(num_rows)
     else:
       step_keys = jax.vmap(fold_in, (0, None))(keys, step)
       # As they are, the sums of `draws.choose` are those of the
@@ -278,12 +290,11 @@ def _sample_rows(
       scaled = logits if temperature is None else logits / temperature
       allowed = draws.allowed(scaled, top_k, top_p)
       chosen = draws.choose(jax.vmap(jax.random.uniform)(step_keys), allowed)
+      drawn = draws.logps_of(allowed, chosen)
     chosen = jnp.where(ended, filler, chosen).astype(jnp.int32)
-    of_chosen = jnp.take_along_axis(logits, chosen[:, None], axis=1)[:, 0]
-    highest, sums = draws.block_sums(logits)
-    of_chosen -= highest + jnp.log(sums.sum(axis=-1))
+    of_chosen = jnp.stack([draws.logps_of(logits, chosen), drawn], axis=-1)
     tokens = tokens.at[:, step].set(chosen)
-    logps = logps.at[:, step].set(jnp.where(ended, 0.0, of_chosen))
+    logps = logps.at[:, step].set(jnp.where(ended[:, None], 0.0, of_chosen))
     return tokens, logps, ended | jnp.isin(chosen, stop_ids)
 
   def unfinished(room, carry):
@@ -323,7 +334,7 @@ def _sample_rows(
     0,
     of_samples(unembedding.logits(states[:, -1])),
     jnp.full(shape, filler, jnp.int32),
-    jnp.zeros(shape, jnp.float32),
+    jnp.zeros((*shape, 2), jnp.float32),
     first_positions[:, 0] == 0,
   )
   cache = transformer.make_cache(prompt, num_rows)

@@ -41,6 +41,13 @@ def block_sums(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
   return highest, jax.lax.optimization_barrier(sums)
 
 
+def logps_of(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+  """Returns the log-probability f32[R] of a token i32[R] of each row."""
+  highest, sums = block_sums(logits)
+  found = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0]
+  return found - (highest + jnp.log(sums.sum(axis=-1)))
+
+
 def choose(uniform: jax.Array, logits: jax.Array) -> jax.Array:
   """Returns the token i32[R] at which the distribution passes f32[R] of [0,1).
 

@@ -63,6 +63,7 @@ def test_a_path_is_the_model_that_it_names(folder, path, step, seed):
     ("moved", None, "is no model: not a Hugging Face folder"),
     ("run/checkpoints/1", 2, "is the checkpoint of that step, not of 2"),
     ("run/checkpoints/7", None, "no checkpoint of step 7"),
+    ("hf", 3, "hf' has no steps; allowed: a run folder, or none"),
     ("absent", None, "no such model"),
   ],
 )

@@ -33,7 +33,8 @@ def shrunk(get_config):
       config.model.preset = "tiny"
     config.steps, config.batch_size, config.microbatch_rows = 2, 8, 8
     config.data.max_length, config.data.max_prompt_length = 128, 96
-    config.ppo.max_new_tokens = SCALE.max_new_tokens
+    if config.loss.name == "ppo":
+      config.ppo.max_new_tokens = SCALE.max_new_tokens
     if config.checkpoint.every:
       config.checkpoint.every = config.eval.every = 1
     return config

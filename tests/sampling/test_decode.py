@@ -303,6 +303,7 @@ def test_no_prompts_give_no_responses():
   ("options", "message"),
   [
     ({"new": 0}, "max_new_tokens=0: at least 1"),
+    ({"new": 10**9}, "max_new_tokens=1000000000: at least 1 and at most"),
     ({"batch_rows": 0}, "batch_rows=0: must be at least 1"),
     ({"samples_per_prompt": 0}, "samples_per_prompt=0: must be at least 1"),
     ({"temperature": -1.0}, "temperature=-1: must be finite"),
@@ -344,3 +345,31 @@ def test_8_devices_sample_what_1_samples(name):
       samples_per_prompt=2,
     )
   assert _tokens(found) == _tokens(expected)
+
+
+@pytest.mark.parametrize(
+  "settings",
+  [{}, {"temperature": 0.7}, {"temperature": 1.5, "top_k": 6, "top_p": 0.8}],
+)
+def test_drawn_logps_are_of_what_was_drawn_from(settings):
+  prompts = PROMPTS[:2]
+  found = _sample(prompts, samples_per_prompt=3, **settings)
+  temperature = settings.get("temperature", 1.0)
+  for prompt, samples in zip(prompts, found, strict=True):
+    for sample in samples:
+      logits = _logits(prompt + sample.tokens)[len(prompt) - 1 : -1]
+      allowed = draws.allowed(
+        jnp.asarray(logits / temperature),
+        settings.get("top_k", 0),
+        settings.get("top_p"),
+      )
+      logps = np.asarray(jax.nn.log_softmax(allowed))
+      expected = logps[np.arange(len(sample.tokens)), sample.tokens]
+      np.testing.assert_allclose(sample.drawn_logps, expected, atol=1e-4)
+      is_same = np.array_equal(sample.drawn_logps, sample.logps)
+      assert is_same == (not settings)
+
+
+def test_the_most_likely_token_is_drawn_for_sure():
+  ((sample,),) = _sample(PROMPTS[:1], temperature=0.0)
+  assert not sample.drawn_logps.any() and sample.logps.all()

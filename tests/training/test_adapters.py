@@ -431,7 +431,7 @@ def test_a_run_goes_on_bit_for_bit(tmp_path, model, sft):
 @pytest.mark.parametrize(
   "settings, message",
   [
-    ({"lora.rank": -2}, "lora.rank=-2: at least 1"),
+    ({"lora.rank": -2}, "lora.rank=-2: must be at least 0"),
     ({"lora.targets": "c_attn"}, "lora.targets='c_attn' matches no projection"),
     (
       {"lora.rank": 0, "lora.alpha": 8.0},
