@@ -89,6 +89,7 @@ def get_config() -> config_dict.ConfigDict:
   config.loss.f_alpha = placeholder(float)  # of f_divergence alpha, not 1
   config.loss.ld_alpha = 1.0  # weight of tokens past the shorter response
   config.loss.wpo = False  # weight pairs by the policy's own probability
+  config.loss.wpo_max_weight = 1.0  # bound of that weight, > 0; inf: none
   config.loss.sft_weight = 0.0  # weight of the chosen responses' token mean NLL
   config.loss.prompt_nll = False  # sft, orpo: whether it covers prompts too
 

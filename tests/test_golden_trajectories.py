@@ -5,6 +5,7 @@ lie in the shared folder, `golden/trl_trajectory_{llama,gpt2}`.
 """
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ RUNS = {
   "nca_pair": ("nca", {"beta": 0.1}),
   "robust": ("robust", {"label_smoothing": 0.1}),
   "ld_dpo": ("dpo", {"ld_alpha": 0.5}),
-  "wpo": ("dpo", {"wpo": True}),
+  "wpo": ("dpo", {"wpo": True, "wpo_max_weight": math.inf}),
   "mpo": ("mpo", {}),
 }
 

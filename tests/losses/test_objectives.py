@@ -288,6 +288,9 @@ def test_the_table_of_what_is_honoured():
     (dict(ld_alpha=-0.1), "loss.ld_alpha=-0.1: must be in [0, 1]"),
     (dict(sft_weight=-1), "loss.sft_weight=-1: must be at least 0"),
     (dict(sft_weight=math.inf), "loss.sft_weight=inf: must be finite"),
+    (dict(wpo=True, wpo_max_weight=0), "loss.wpo_max_weight=0: must be abo"),
+    (dict(wpo=True, wpo_max_weight=math.nan), "loss.wpo_max_weight=nan: mus"),
+    (dict(wpo_max_weight=2), "loss.wpo_max_weight=2: only with loss.wpo=Tr"),
     (dict(sft_weight=1, ld_alpha=0.5), "loss.sft_weight=1: must be 0 where"),
   ],
 )
