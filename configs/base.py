@@ -123,7 +123,9 @@ def get_config() -> config_dict.ConfigDict:
   # Empty: the policy as it starts (from lora.path, if given). With adapters,
   # that or a path of others of the same base holds no second copy of it.
   config.reference.path = ""
-  config.reference.dtype = "auto"  # auto: as model.dtype
+  # Of its weights. auto: as model.dtype, which changes no bit, as the policy's
+  # are rounded to it at each use; norms stay float32.
+  config.reference.dtype = "auto"
   # ema: the policy's share in the new reference, in (0, 1]; None: 0.6
   config.reference.alpha = placeholder(float)
   config.reference.every = placeholder(int)  # ema, sync: updates; None: 512
