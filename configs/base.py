@@ -73,12 +73,16 @@ def get_config() -> config_dict.ConfigDict:
   config.loss.tau = placeholder(float)  # discopop: temperature
   # unlikelihood: weight of rejected, in [0, 1]; cpo: weight of the chosen NLL;
   # rdpo: reward of a token; beta_dpo: change of beta per unit of margin; odpo:
-  # weight of the log of the score difference.
+  # weight of the log of the score difference; alpha_po: bend of the reward.
   config.loss.alpha = placeholder(float)
   config.loss.momentum = placeholder(float)  # beta_dpo: of the running margin
-  config.loss.desirable_weight = placeholder(float)  # kto, bco: > 0
-  config.loss.undesirable_weight = placeholder(float)  # kto, bco: > 0
-  config.loss.gamma = placeholder(float)  # simpo: target margin, in reward
+  # kto, bco, apo_zero_unpaired: above 0.
+  config.loss.desirable_weight = placeholder(float)
+  config.loss.undesirable_weight = placeholder(float)
+  # simpo, alpha_po: target margin, in reward; repo: in nats of a mean token.
+  config.loss.gamma = placeholder(float)  # at least 0
+  config.loss.eta = placeholder(float)  # rpo_*, rebel: of the score gap, > 0
+  config.loss.shift = placeholder(float)  # dpo_shift: of rejected, in (0, 1]
   config.loss.delta = placeholder(float)  # slic: margin, nats
   # dpop: of the penalty; orpo: of the odds ratio; slic: of the chosen NLL.
   config.loss.lambda_ = placeholder(float)  # weight, at least 0

@@ -53,6 +53,34 @@ def kto(
   )
 
 
+@registry.register(honours=_HONOURS, inputs="labelled")
+@typed
+def apo_zero_unpaired(
+  pairs: PairLogps,
+  *,
+  beta: Positive,
+  desirable_weight: Positive,
+  undesirable_weight: Positive,
+) -> Logps:
+  """Returns a (1 - s(beta u)), and b s(beta v).
+
+  D'Oosterlinck et al. 2024 (APO, arXiv 2408.06266): `apo_zero` of responses one
+  by one, as TRL has it. As `kto` with K = 0, so that no mismatched responses
+  are scored.
+
+  Args:
+    pairs: log-probabilities.
+    beta: scales log-ratios to rewards.
+    desirable_weight: a, of desirable responses.
+    undesirable_weight: b, of undesirable ones.
+  """
+  return mean_of_present(
+    pairs,
+    desirable_weight * jax.nn.sigmoid(-beta * pairs.chosen_logratio),
+    undesirable_weight * jax.nn.sigmoid(beta * pairs.rejected_logratio),
+  )
+
+
 def _next_reward(pairs: PairLogps, state: State, *, beta, **weights):
   del weights
   rewards = beta * jnp.concatenate(

@@ -15,6 +15,7 @@ from dpo_jax.losses import (
   registry,
   reward_model,  # noqa: F401, puts its losses in the table
   running,  # noqa: F401, puts its losses in the table
+  scored,  # noqa: F401, puts its losses in the table
 )
 from dpo_jax.losses.registry import Logps, Loss, PairLogps, Range
 from dpo_jax.types import Array, Rows

@@ -39,6 +39,8 @@ class Range:
     return above and below
 
   def __str__(self) -> str:
+    if self.low == -math.inf:
+      return "finite"
     if self.high == math.inf:
       return (
         f"{'at least' if self.brackets[0] == '[' else 'above'} {self.low:g}"
@@ -50,6 +52,8 @@ Positive = Annotated[Scalar, Range(0, math.inf, "()")]
 NotNegative = Annotated[Scalar, Range(0, math.inf, "[)")]
 UnitInterval = Annotated[Scalar, Range(0, 1, "[]")]
 Fraction = Annotated[Scalar, Range(0, 1, "[)")]
+Share = Annotated[Scalar, Range(0, 1, "(]")]
+Finite = Annotated[Scalar, Range(-math.inf, math.inf, "()")]
 # A label wrong half of the time says nothing, and more often, the opposite.
 FlipRate = Annotated[Scalar, Range(0, 0.5, "[)")]
 PositiveFlipRate = Annotated[Scalar, Range(0, 0.5, "()")]
