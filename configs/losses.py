@@ -38,7 +38,7 @@ LOSSES = dict(
   rebel=dict(eta=1.0),
   cal_dpo=dict(beta=0.1),
   chi_po=dict(beta=0.1, r_max=5.0),
-  beta_dpo=dict(beta=0.1, alpha=0.6, momentum=0.9),
+  beta_dpo=dict(beta=0.1, alpha=5.4, momentum=0.9),
   kto=dict(beta=0.1, desirable_weight=1.0, undesirable_weight=1.0),
   bco=dict(beta=0.1, desirable_weight=1.0, undesirable_weight=1.0),
   apo_zero_unpaired=dict(

@@ -101,6 +101,9 @@ def describe(experiment: Experiment) -> Iterator[str]:
     f"{experiment.schedule.last_step} steps of {batches.batch_size} pairs;"
     f" {batches.num_pairs} pairs"
   )
+  for term in scorer.objective.terms:
+    for text in term.loss.paragraphs("Beware:"):
+      yield f"beware, {term.loss.name}: {text}"
 
 
 def init_state(

@@ -115,6 +115,10 @@ def bco(
   mean reward of all responses of this batch and of those before it, each
   weighing the same, as in TRL's trainer.
 
+  Differs: there are no density ratios, by which its authors weigh undesirable
+  responses whose prompts are of another distribution than those of desirable
+  ones. It is theirs where both kinds have the same prompts.
+
   Args:
     pairs: log-probabilities of the whole batch.
     state: `mean_reward` and `num_responses` before this batch.

@@ -223,6 +223,11 @@ def discopop(pairs: PairLogps, *, beta: Positive, tau: Positive) -> Logps:
 
   Lu et al. 2024 (DiscoPOP, arXiv 2406.08414), eq 5 with tau = 0.05. At tau
   above 1 the loss of a negative margin grows exponentially.
+
+  Beware: where tau is below (1 - log 2) / 3 = 0.102, the first steps lower the
+  margins. At tau 0.05 the loss has a minimum at z = -0.119, rises through
+  z = 0, where a policy that is its reference begins, to a maximum at z = 0.072
+  and falls beyond it. Pairs get over it by what others teach, or stay behind.
   """
   z = beta * pairs.margin
   # m exp(-z) in one exponential: where exp(-z) overflows, m is 0.

@@ -131,6 +131,15 @@ class Loss:
   next_state: Callable[..., dict[str, Array]] | None = None  # called as `fn`
   head: str = "vocabulary"  # of `ModelConfig`; others yield scores, not logps
 
+  def paragraphs(self, begin: str) -> list[str]:
+    """Returns those of its docstring that begin so, without that, a line each.
+
+    `Differs:` tells it from its source, `Beware:` is said when it is run.
+    """
+    found = inspect.getdoc(self.fn).split("\n\n")
+    lines = (" ".join(x.split()) for x in found)
+    return [x[len(begin) :].strip() for x in lines if x.startswith(begin)]
+
   def range_of(self, hyperparameter: str) -> Range:
     """Returns what values the loss allows."""
     hints = typing.get_type_hints(self.fn, include_extras=True)
