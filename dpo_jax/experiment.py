@@ -205,15 +205,17 @@ def make_objective(config: ConfigDict) -> objectives.Objective:
     name = "sft"
   else:
     reinforcement_lib.check_unused(config.ppo.to_dict(), name)
-  keys = "f_divergence f_alpha ld_alpha wpo sft_weight prompt_nll".split()
-  modifiers = {key: options.pop(key) for key in keys}
+  keys = (
+    "f_divergence f_alpha ld_alpha wpo wpo_max_weight sft_weight prompt_nll"
+  )
+  modifiers = {key: options.pop(key) for key in keys.split()}
   given = {key: value for key, value in options.items() if value is not None}
   return objectives.make_objective(name, given, **modifiers)
 
 
 def _check_plain(options):
   """Raises ValueError where an option of losses is set for PPO."""
-  plain = dict(f_divergence="reverse_kl", ld_alpha=1.0)
+  plain = dict(f_divergence="reverse_kl", ld_alpha=1.0, wpo_max_weight=1.0)
   for key, value in options.items():
     if value and value != plain.get(key):
       raise ValueError(f"loss.{key}={value}: 'ppo' has its own, under ppo")

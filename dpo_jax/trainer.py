@@ -107,6 +107,9 @@ def describe(experiment: Experiment) -> Iterator[str]:
     f"{experiment.schedule.last_step} steps of {batches.batch_size} pairs;"
     f" {batches.num_pairs} pairs"
   )
+  for term in scorer.objective.terms:
+    for text in term.loss.paragraphs("Beware:"):
+      yield f"beware, {term.loss.name}: {text}"
 
 
 def init_state(
@@ -204,7 +207,7 @@ def _with_cached_reference(
   prints = jax.device_get(reader.fingerprints(params))
   prints = {name: int(value) for name, value in prints.items()}
 
-  def with_logps(batches):
+  def with_logps(batches, as_trained=False):
     compute = functools.partial(
       scoring.response_logps,
       model,
@@ -213,6 +216,7 @@ def _with_cached_reference(
       batches,
       experiment.mesh,
       chunk_length=scorer.chunk_length,
+      as_trained=as_trained,
     )
     key = reference_lib.cache_key(batches, model, prints, scorer.objective)
     shape = (batches.num_pairs, batches.num_columns)
@@ -224,7 +228,7 @@ def _with_cached_reference(
   evaluated = experiment.eval_loader
   return dataclasses.replace(
     experiment,
-    loader=with_logps(experiment.loader),
+    loader=with_logps(experiment.loader, as_trained=True),
     eval_loader=evaluated and with_logps(evaluated),
   )
 

@@ -6,9 +6,10 @@
     --config.loss.beta=1 --config.steps=60
 
 A round samples the policy, scores the samples with a reward, pairs them and
-trains the config's loss on the pairs. With --min_margin above 0 it is Direct
-Nash Optimization in its practical form (arXiv 2404.03715). The same command
-started again goes on where it was; --rounds may grow.
+trains the config's loss on the pairs. With --min_margin above 0 it is as Direct
+Nash Optimization (arXiv 2404.03715) with a reward in place of its judge and
+without its stronger model. The same command started again goes on where it was;
+--rounds may grow.
 """
 
 from absl import flags

@@ -58,7 +58,7 @@ CASES = {
   ),
   "an unknown loss": (
     "--config=configs/pairs.py:dpoo",
-    "unknown loss 'dpoo'; known: aot",
+    "unknown loss 'dpoo'; known: alpha_po",
   ),
   "an unknown loss by its key": (
     "--config.loss.name=dpoo",
@@ -87,7 +87,7 @@ CASES = {
   ),
   "a modifier that the loss cannot honour": (
     "--config=configs/pairs.py:aot --config.loss.wpo=True",
-    "loss 'aot' does not honour loss.wpo; losses that do: apo_down",
+    "loss 'aot' does not honour loss.wpo; losses that do: alpha_po",
   ),
   "an optimizer's option": (
     "--config.optimizer.b1=0.9",

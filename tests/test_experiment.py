@@ -44,6 +44,19 @@ def test_pairs_longer_than_a_window_are_laid_out_as_two_sequences(
   assert said == (layout == "padded")
 
 
+@pytest.mark.parametrize("loss, warns", [("discopop", True), ("dpo", False)])
+def test_a_run_says_at_its_start_what_its_loss_is_warned_of(
+  loss, warns, tmp_path
+):
+  config = quickstart.get_config(loss)
+  config.data.path, config.data.eval_path = "pairs:16", ""
+  config.data.cache_dir = str(tmp_path)
+  config.batch_size = 8
+  *_, last = trainer.describe(experiment.build(config))
+  begin = "beware, discopop: where tau is below (1 - log 2) / 3 = 0.102, the fi"
+  assert last.startswith(begin) == warns
+
+
 def test_experts_that_a_mesh_does_not_divide_are_refused(monkeypatch, tmp_path):
   with pytest.raises(ValueError, match="mesh.expert=2: must divide the model"):
     _build(monkeypatch, tmp_path, window=512, expert=2)

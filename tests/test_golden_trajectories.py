@@ -6,6 +6,7 @@ The tokenizer of the last puts a space in front of every text.
 """
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ RUNS = {
   "nca_pair": ("nca", {"beta": 0.1}),
   "robust": ("robust", {"label_smoothing": 0.1}),
   "ld_dpo": ("dpo", {"ld_alpha": 0.5}),
-  "wpo": ("dpo", {"wpo": True}),
+  "wpo": ("dpo", {"wpo": True, "wpo_max_weight": math.inf}),
   "mpo": ("mpo", {}),
 }
 

@@ -163,6 +163,13 @@ class Loader:
     return self._num_responses + len(self.extra_columns)
 
   @property
+  def placement(self) -> tuple[int | str | None, ...]:
+    """What decides which rows a pair first stands in, and where."""
+    seed = self.seed if self.shuffle else None
+    rows = (self.row_length, self.microbatch_rows, self.layout)
+    return (seed, self.batch_size, *rows)
+
+  @property
   def has_pairs(self) -> bool:
     """Whether any prompt has two responses, one better than the other."""
     present = self.dataset.lengths[:, 1:] > 0

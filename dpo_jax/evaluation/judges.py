@@ -77,11 +77,14 @@ class Judge:
     name: what reports call it.
     compare: returns a verdict for each comparison, in order.
     usage: returns what was spent so far, by name.
+    assumes_dialogue: whether its question is that of dialogue for want of a
+      name of another.
   """
 
   name: str
   compare: Callable[[Sequence[Comparison]], list[Verdict]]
   usage: Callable[[], dict[str, float]] = dict
+  assumes_dialogue: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dpo_jax.data import examples, jsonl, messages
-from dpo_jax.evaluation import intervals, judges
+from dpo_jax.evaluation import intervals, judge_prompts, judges
 from dpo_jax.evaluation.judges import Decision
 
 POINTS = {judges.FIRST: 1.0, judges.TIE: 0.5, judges.SECOND: 0.0}
@@ -168,7 +168,19 @@ def match(
 def compare(
   judge: judges.Judge, matches: Sequence[Match], *, order: str, seed: int
 ) -> list[Decision]:
-  """Returns a decision for each match, in which the policy is `first`."""
+  """Returns a decision for each match, in which the policy is `first`.
+
+  Raises:
+    ValueError: a prompt that asks for a summary, and a judge that would be
+      asked which answer to a chatbot is more helpful.
+  """
+  for one in matches if judge.assumes_dialogue else ():
+    if judge_prompts.asks_summary(one.policy.prompt):
+      raise ValueError(
+        f"{one.policy.where}: the prompt, which ends"
+        f" {one.policy.prompt[-20:]!r}, asks for a summary: name the judge's"
+        f" prompt; allowed: --judge_prompt={'|'.join(judge_prompts.TEMPLATES)}"
+      )
   comparisons = [
     judges.Comparison(
       *(x.policy.prompt, x.policy.text, x.baseline.text),

@@ -84,6 +84,8 @@ class ModelConfig:
     experts_per_token: how many it picks.
     dtype: what activations are computed in.
     param_dtype: what parameters are kept in.
+    wide_dtype: what those are kept in that are computed with in float32,
+      whatever `dtype`: norms, a head's bias, a scalar head; None: as all.
     vocab_multiple: embedding and head have rows up to a multiple of it, so
       that a mesh divides them; no token is one of those.
     remat: which activations of a block the backward pass recomputes: `none`
@@ -127,6 +129,7 @@ class ModelConfig:
   experts_per_token: int = 0
   dtype: str = "float32"
   param_dtype: str = "float32"
+  wide_dtype: str | None = None
   vocab_multiple: int = 1
   remat: str = "none"
   lora: Lora | None = None
@@ -168,6 +171,15 @@ class ModelConfig:
   def num_vocab_rows(self) -> int:
     """How many rows the embedding and the head have."""
     return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+  def frozen(self, dtype: str) -> "ModelConfig":
+    """Returns the model with weights that are read and kept in `dtype`.
+
+    Where that is what it computes in, its states are bit for bit those of the
+    model that rounds float32 weights at each use: what is computed with in
+    float32 stays so.
+    """
+    return dataclasses.replace(self, param_dtype=dtype, wide_dtype="float32")
 
 
 _LLAMA = {

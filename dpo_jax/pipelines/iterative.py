@@ -2,14 +2,15 @@
 
 A round samples K responses a prompt from the policy of the round before,
 scores them with a reward, pairs them, and trains a preference loss on these
-pairs. With `pairs="best_worst"`, a `min_margin` and `reference="round"` it is
-the practical form of Direct Nash Optimization (DNO-Prct, Rosset et al. 2024,
-arXiv 2404.03715, algorithm 2), whose policy of round t+1 maximises
+pairs. With `pairs="best_worst"`, a `min_margin` and `reference="round"` it has
+the loss of Direct Nash Optimization in its practical form (DNO-Prct, Rosset et
+al. 2024, arXiv 2404.03715, algorithm 2), whose policy of round t+1 maximises
 
   E log sigmoid(beta log(pi(c) / pi_t(c)) - beta log(pi(r) / pi_t(r)))
 
-Differs: a reward says which response is better, no judge of pairs; there are
-no responses of a stronger model, and every round has pairs of its own only.
+Differs: a reward says which response is better, no judge of pairs, so that its
+rounds climb that reward and approach no Nash equilibrium of preferences; there
+are no responses of a stronger model, and every round has pairs of its own only.
 
   samples_K.jsonl  of the policy before round K: prompt, response, whether it
                    ended, reward, and in nats logp, drawn_logp (under what it

@@ -2,9 +2,11 @@
 
 live    a frozen copy that the step runs without gradient
 cached  a file, written once and read by every run that needs the same ones:
-        the step holds no reference and computes none. Rows are packed in
-        another order there, so values differ by rounding; where policy equals
-        reference, margins are 1e-5 nats instead of 0 and accuracy is chance
+        the step holds no reference and computes none. It is computed in the
+        rows of the first epoch, where a policy that equals the reference has
+        margins of 0; in other rows (later epochs; in float32 also those of
+        another seed or batch size, which share the file) sums are rounded in
+        another order: by 1e-5 nats, and in bfloat16 by the hundredth of one
 adapter_off
         the policy's base with the adapters left out: no second copy of it
 ema     as live, and every few updates it moves part of the way to the policy
@@ -40,7 +42,7 @@ MODES = ("live", "cached", "adapter_off", "ema", "sync", "none")
 MOVING_MODES = ("ema", "sync")
 ALPHA, EVERY = 0.6, 512  # TR-DPO's soft weight and its hard interval
 # To be raised with any change of what is in a cache of log-probabilities.
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 _HASHED_PAIRS = 4096  # whose tokens are in memory at once
 
 
@@ -207,8 +209,9 @@ def cache_key(
   """Returns a hash of all that log-probabilities depend on.
 
   These are the token ids, cut to length as they are; the decoder, its dtypes
-  and weights; and the loss's weights of tokens. Rows, mesh and device are not
-  among them: they change the order of sums only.
+  and weights; and the loss's weights of tokens. Rows change the order of sums
+  only and are not among them in float32; in bfloat16, where that counts, they
+  are. Mesh and device are not.
 
   Args:
     batches: the pairs, and what is scored beside their responses.
@@ -226,6 +229,8 @@ def cache_key(
     objective.ld_alpha,
     batches.extra_columns,
   ]
+  if model.dtype != "float32":
+    settings += batches.placement
   dataset = batches.dataset
   digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
   digest.update(np.ascontiguousarray(dataset.lengths))

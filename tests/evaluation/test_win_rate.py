@@ -73,6 +73,22 @@ def test_a_judge_is_told_which_responses_were_cut(tmp_path):
   assert ended == [(False, True), (True, False), (True, False), (False, True)]
 
 
+def test_summaries_are_not_judged_as_dialogue_unless_it_is_asked(tmp_path):
+  prompts = ["Is TL;DR: a word?", "POST: I burnt the rice.\n\nTL;DR:"]
+  rows = [[_row(x, text) for x in prompts] for text in ("good", "fine")]
+  asked = []
+  judge = Judge("words", lambda x: asked.extend(x) or _by_words(x))
+  message = (
+    "dpo.jsonl, line 2: the prompt, which ends 'nt the rice.*TL;DR:', asks"
+  )
+  with pytest.raises(ValueError, match=message):
+    unnamed = dataclasses.replace(judge, assumes_dialogue=True)
+    _cells(tmp_path, *rows, judge=unnamed)
+  assert not asked
+  (cell,) = _cells(tmp_path, *rows, judge=judge)
+  assert cell.wins == 2
+
+
 def test_a_tie_is_half_a_win(tmp_path):
   policy = [_row("a", "good"), _row("b", "fine"), _row("c", "fine")]
   (cell,) = _cells(tmp_path, policy, BASELINE)

@@ -44,7 +44,7 @@ def _init_state(config, optimizer, mesh, *, settings=SETTINGS, head_seed=None):
   )
   init = lambda: transformer.init_params(config, jax.random.key(0))
   params = jax.jit(init, out_shardings=layouts)()
-  reference = state.copy_params(params, dtype="float32", shardings=layouts)
+  reference = state.copy_params(params, like=params, shardings=layouts)
   head = ppo.init_value_head(config, mesh)
   if head_seed is not None:
     rng = np.random.default_rng(head_seed)
