@@ -9,6 +9,7 @@ PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "dpo_jax"
 FLOORS = {
   "types": 0,
   "limits": 1,
+  "markdown": 1,
   "sharding": 1,
   "user_code": 1,
   "data": 2,

@@ -14,6 +14,7 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from dpo_jax import markdown
 from dpo_jax.data import jsonl
 from dpo_jax.evaluation import intervals, judges, win_rate_report
 from dpo_jax.evaluation.judges import Comparison, Decision
@@ -175,12 +176,10 @@ def summarise(
 
 def table(found: Sequence[dict[str, Any]]) -> str:
   """Returns the figures of each group as a Markdown table."""
-  lines = [
-    "| subset | rows | unparsed | ties in | kappa | ties half | ties out | rows"
-    " | kappa | with one annotator | annotators with each other | shown first"
-    " | consistent |",
-    "|---|" + "---:|" * 12,
-  ]
+  head = "subset,rows,unparsed,ties in,kappa,ties half,ties out,rows,kappa"
+  head += ",with one annotator,annotators with each other,shown first"
+  head += ",consistent"
+  rows = []
   number = win_rate_report.number
   for x in found:
     ties_in, ties_half, ties_out = x["ties_in"], x["ties_half"], x["ties_out"]
@@ -191,8 +190,8 @@ def table(found: Sequence[dict[str, Any]]) -> str:
     values += [number(x["judge_annotator"]["ties_in"])]
     values += [number(x["annotator_annotator"]["ties_in"])]
     values += [number(x["first_share"]), number(x["consistency"])]
-    lines.append("| " + " | ".join(map(str, values)) + " |")
-  return "\n".join(lines)
+    rows.append(values)
+  return markdown.table(head.split(","), rows)
 
 
 def _share(found: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ with many of them a little: compare methods of as many dots.
 import math
 from collections.abc import Sequence
 
+from dpo_jax import markdown
 from dpo_jax.evaluation.frontier import Frontier, Point
 
 
@@ -67,17 +68,17 @@ def compare(
   (start,) = (x for x in points if x.label == reference_label)
   methods = dict.fromkeys(x.label for x in points if x.label != reference_label)
   head = ["method", *(f"{kl:g} nats" for kl in kls)]
-  lines = [head, ["---"] * len(head)]
+  rows = []
   for label in methods:
     dots = [start, *(x for x in points if x.label == label)]
     cells = [_cell(dots, limit, kl, max_reward) for kl in kls]
-    lines.append([label, *cells])
+    rows.append([label, *cells])
   bests = [limit.reward_at(kl) for kl in kls]
   shown = [
     f"at most {max_reward:g}" if x is None else f"{x:.3f}" for x in bests
   ]
-  lines.append(["best possible, at least", *shown])
-  return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+  rows.append(["best possible, at least", *shown])
+  return markdown.table(head, rows, num_left=len(head))
 
 
 def _cell(dots, limit, kl, max_reward) -> str:

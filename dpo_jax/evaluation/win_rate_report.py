@@ -9,6 +9,7 @@ from typing import Any
 
 from matplotlib import axes, figure
 
+from dpo_jax import markdown
 from dpo_jax.evaluation import frontier, judges, win_rate
 from dpo_jax.evaluation.win_rate import Cell, Match
 
@@ -81,20 +82,17 @@ def write(
 
 def table(cells: Sequence[Cell]) -> str:
   """Returns the cells as a Markdown table; a dash stands for what is not."""
-  lines = [
-    "| method | temperature | step | prompts | comparisons | wins | ties"
-    " | losses | unparsed | win rate | 95% interval | shown first"
-    " | consistent |",
-    "|---|" + "---:|" * 12,
-  ]
+  head = "method,temperature,step,prompts,comparisons,wins,ties,losses,unparsed"
+  head += ",win rate,95% interval,shown first,consistent"
+  rows = []
   for x in cells:
     values = [x.method, "-" if x.temperature is None else f"{x.temperature:g}"]
     values += ["-" if x.step is None else x.step]
     values += [x.num_prompts, x.num_comparisons, x.wins, x.ties, x.losses]
     values += [x.unparsed, number(x.win_rate), interval(x.low, x.high)]
     values += [number(x.first_share), number(x.consistency)]
-    lines.append("| " + " | ".join(map(str, values)) + " |")
-  return "\n".join(lines)
+    rows.append(values)
+  return markdown.table(head.split(","), rows)
 
 
 def number(value: float | None) -> str:

@@ -39,7 +39,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from dpo_jax import experiment, trainer
+from dpo_jax import experiment, markdown, trainer
 from dpo_jax import policy as policy_lib
 from dpo_jax.checkpoints import run_folder
 from dpo_jax.data import chat, tokenize
@@ -192,17 +192,19 @@ def table(lines: Sequence[dict[str, Any]], sampling: decode.Settings) -> str:
   kl = "KL"
   if (sampling.temperature, sampling.top_p) != (1, 1):
     kl += f" at temperature {sampling.temperature:g}, top_p {sampling.top_p:g}"
-  found = [
-    f"| rounds | reward | {kl} to the first, nats | tokens | samples | pairs |",
-    "|---:|---:|---:|---:|---:|---:|",
+  head = ["rounds", "reward", f"{kl} to the first, nats", "tokens", "samples"]
+  rows = [
+    [
+      x["rounds"],
+      f"{x['reward']:.4f} +- {x['reward_error']:.4f}",
+      f"{x['kl']:.3f} +- {x['kl_error']:.3f}",
+      f"{x['response_length']:.1f}",
+      x["num_samples"],
+      x["num_pairs"],
+    ]
+    for x in lines
   ]
-  for x in lines:
-    found.append(
-      f"| {x['rounds']} | {x['reward']:.4f} +- {x['reward_error']:.4f}"
-      f" | {x['kl']:.3f} +- {x['kl_error']:.3f} | {x['response_length']:.1f}"
-      f" | {x['num_samples']} | {x['num_pairs']} |"
-    )
-  return "\n".join(found)
+  return markdown.table([*head, "pairs"], rows, num_left=0)
 
 
 def _check(

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 
+from dpo_jax import markdown
 from dpo_jax.checkpoints import run_folder
 from dpo_jax.sweeps import display, launchers, results
 from dpo_jax.sweeps.points import Point
@@ -75,7 +76,7 @@ def plan(sweep: Sweep) -> str:
       begun = (sweep.run_folder(point) / "config.json").exists()
       state = "begun" if begun else "new"
     rows.append([point.name, state])
-  return results.markdown(["run", "state"], rows)
+  return markdown.table(["run", "state"], rows, is_padded=True) + "\n"
 
 
 def run(sweep: Sweep) -> int:
