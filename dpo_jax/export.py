@@ -59,7 +59,7 @@ def write(
     max_shard_bytes=max_shard_bytes,
   )
   if jax.process_index() == 0:
-    tokenizer.save_pretrained(target)
+    tokenize.save_tokenizer(tokenizer, target)
 
 
 def _write_adapter(path, target, step, dtype, opened):
@@ -76,4 +76,5 @@ def _write_adapter(path, target, step, dtype, opened):
     dtype=dtype,
   )
   if jax.process_index() == 0:
-    tokenize.load_tokenizer(opened.tokenizer).save_pretrained(target)
+    tokenizer = tokenize.load_tokenizer(opened.tokenizer)
+    tokenize.save_tokenizer(tokenizer, target)

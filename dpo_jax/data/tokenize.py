@@ -19,6 +19,7 @@ import jinja2
 import numpy as np
 import transformers
 
+from dpo_jax import endings
 from dpo_jax.data import examples
 from dpo_jax.data.packing import PairTokens, Ragged
 
@@ -95,6 +96,18 @@ def load_tokenizer(path: str) -> Tokenizer:
       " as eos_token"
     )
   return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: str | os.PathLike) -> None:
+  """Writes the files of a tokenizer into a folder, which is made if absent.
+
+  Raises:
+    OSError: they cannot be written.
+  """
+  # Of a file in its place transformers only logs.
+  os.makedirs(folder, exist_ok=True)
+  with endings.writing(folder):
+    tokenizer.save_pretrained(folder)
 
 
 def _load_file(path: str) -> Tokenizer:
