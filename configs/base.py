@@ -154,6 +154,9 @@ def get_config() -> config_dict.ConfigDict:
 
   config.checkpoint = config_dict.ConfigDict()
   config.checkpoint.every = 0  # updates; the end is always saved
+  # Minutes since the last save, after which there is one besides, so that what
+  # kills a run costs no more; 0: none.
+  config.checkpoint.minutes = 15.0
   config.checkpoint.keep = 2  # the last ones; the best is kept as well
   # What the best has most of: rewards/accuracies, rewards/margins; or least:
   # loss.

@@ -80,7 +80,8 @@ def make_loaders(
   if batch_size > train_loader.num_pairs:
     raise ValueError(
       f"batch_size={batch_size}: larger than the data"
-      f" ({train_loader.num_pairs} pairs in {options['path']})"
+      f" ({train_loader.num_pairs} pairs in {options['path']}); pass"
+      f" --config.batch_size={train_loader.num_pairs} or less"
     )
   if eval_data is None:
     return train_loader, None

@@ -168,6 +168,7 @@ def build(config: ConfigDict) -> Experiment:
       log_every=config.log.every,
       eval_every=config.eval.every,
       save_every=config.checkpoint.every,
+      save_minutes=config.checkpoint.minutes,
     ),
     num_checkpoints=config.checkpoint.keep,
     best_metric=_best_metric(config, objective, eval_loader),

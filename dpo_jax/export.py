@@ -85,6 +85,6 @@ def _write_adapter(path, target, step, dtype, opened):
 
 def _write_tokenizer(target, tokenizer, stop_ids, opened):
   """Writes the tokenizer with its chat template, and what ends a response."""
-  tokenizer.save_pretrained(target)
+  tokenize.save_tokenizer(tokenizer, target)
   if opened.config.head == "vocabulary":
     stop_tokens.write(target, stop_ids, opened)

@@ -59,6 +59,7 @@ LIMITS = {
   "mesh.tensor": _AXIS,
   "mesh.expert": _AXIS,
   "checkpoint.every": _COUNT_OR_0,
+  "checkpoint.minutes": "[0, inf)",
   "checkpoint.keep": _COUNT,
   "eval.every": _COUNT_OR_0,
   "eval.pairs": _COUNT_OR_0,

@@ -221,6 +221,8 @@ def make_step(
     # Responses come to the host and go back, which the loop else forbids.
     with jax.transfer_guard("allow"):
       train_state, metrics = iterate(train_state, k, prompts)
+      # The next one samples before the loop looks at these.
+      loop.check_finite(k + 1, jax.device_get(metrics))
       metrics["learning_rate"] = learning_rate(k * options.updates_per_step)
     return train_state, metrics
 

@@ -12,8 +12,8 @@ import jax
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from dpo_jax import endings, reinforcement, sharding
 from dpo_jax import experiment as experiment_lib
-from dpo_jax import reinforcement, sharding
 from dpo_jax.checkpoints import (
   manager,
   reader,
@@ -21,7 +21,7 @@ from dpo_jax.checkpoints import (
   source,
   stop_tokens,
 )
-from dpo_jax.data import loader
+from dpo_jax.data import loader, tokenize
 from dpo_jax.evaluation import preferences
 from dpo_jax.experiment import Experiment
 from dpo_jax.models import (
@@ -67,6 +67,8 @@ def train(config: ConfigDict, workdir: str) -> bool:
 
   Raises:
     ValueError: something in the config, the data or the folder is not right.
+    endings.NotFiniteError: a loss, a gradient or the weights are not finite;
+      what was saved before stays.
   """
   run_folder.check_config(workdir, experiment_lib.to_plain(config))
   experiment = experiment_lib.build(config)
@@ -107,9 +109,25 @@ def describe(experiment: Experiment) -> Iterator[str]:
     f"{experiment.schedule.last_step} steps of {batches.batch_size} pairs;"
     f" {batches.num_pairs} pairs"
   )
+  yield from _describe_warmup(experiment)
   for term in scorer.objective.terms:
     for text in term.loss.paragraphs("Beware:"):
       yield f"beware, {term.loss.name}: {text}"
+
+
+def _describe_warmup(experiment):
+  """Yields a line where the run ends before its warm-up does."""
+  warmup = experiment.settings["optimizer"]["warmup_steps"]
+  updates, unit = experiment.schedule.last_step, "steps"
+  if experiment.reinforcement:
+    updates *= experiment.reinforcement.updates_per_step
+    unit = "updates"
+  if warmup > updates:
+    highest = float(experiment.learning_rate(updates - 1))
+    yield (
+      f"warm-up of {warmup} {unit} is longer than the run of {updates}: the"
+      f" rate never exceeds {highest:.2g}"
+    )
 
 
 def init_state(
@@ -263,7 +281,11 @@ def _train(experiment: Experiment, workdir: pathlib.Path) -> bool:
       wandb_project=experiment.wandb_project,
       config=experiment.settings,
     ) as record:
-      return _run_loop(experiment, first, done, checkpoints, record)
+      finished = _run_loop(experiment, first, done, checkpoints, record)
+    if not finished:
+      step = checkpoints.latest_step()
+      _say(f"saved at step {step}; the same command goes on from there")
+    return finished
 
 
 def _saved(
@@ -284,20 +306,31 @@ def _run_loop(experiment, first, done, checkpoints, record) -> bool:
   batches = loader.prefetch(batch_fn, done, experiment.schedule.last_step)
 
   def save(step, train_state, eval_metrics):
+    if not state.is_finite(train_state.params):
+      raise endings.NotFiniteError(f"step {step}: the weights are not finite")
     checkpoints.save(
       step, _saved(experiment, train_state), eval_metrics, force=True
     )
 
-  _, finished = loop.run(
-    first,
-    train_step=train_step,
-    batches=batches,
-    waited=lambda: batches.wait_seconds,
-    schedule=experiment.schedule,
-    eval_fn=eval_fn,
-    save_fn=save,
-    record_fn=record.write,
-  )
+  try:
+    _, finished = loop.run(
+      first,
+      train_step=train_step,
+      batches=batches,
+      waited=lambda: batches.wait_seconds,
+      schedule=experiment.schedule,
+      eval_fn=eval_fn,
+      save_fn=save,
+      wait_fn=checkpoints.wait,
+      record_fn=record.write,
+    )
+  except endings.NotFiniteError as error:
+    checkpoints.wait()
+    saved = checkpoints.latest_step()
+    last = "none was saved" if saved is None else f"that of step {saved} stays"
+    raise endings.NotFiniteError(
+      f"{error}: the run ends; last good checkpoint: {last}"
+    ) from error
   return finished
 
 
@@ -329,7 +362,7 @@ def _write_run_files(experiment, workdir):
       bos_token_id=experiment.tokenizer.bos_token_id,
       eos_token_id=stop_tokens.in_config(experiment.stop_ids),
     )
-    experiment.tokenizer.save_pretrained(folder)
+    tokenize.save_tokenizer(experiment.tokenizer, folder)
     if experiment.scorer.policy.head == "vocabulary":
       stop_tokens.write(folder, experiment.stop_ids, experiment.opened)
     if experiment.scorer.policy.lora:

@@ -1,11 +1,14 @@
-"""Runs a launch script so that a user's mistake ends in one line.
+"""Runs a launch script so that whatever ends it early ends it in one line.
 
-Exit status: 0 the run finished (or help was asked for), 1 something broke (with
-its traceback), 2 the user asked for something that cannot be had (one line on
-stderr; `--verbosity=1` adds the traceback).
+Exit status: 0 the run finished (or help was asked for), 1 the system refused
+something (a full disk), 2 the user asked for something that cannot be had, 3
+the numbers of a run are no longer finite, 128 + n signal n said so. Each has
+one line on stderr, to which `--verbosity=1` adds the traceback. Anything else
+that broke has status 1 and its traceback.
 """
 
 import difflib
+import errno
 import functools
 import os
 import re
@@ -17,12 +20,28 @@ from absl import app, flags, logging
 from ml_collections import config_dict
 from ml_collections.config_flags import config_flags
 
-from dpo_jax import user_code
+from dpo_jax import endings, user_code
 
 # ml_collections warns of a config that is None, which is an error here.
 logging.get_absl_logger().addFilter(
   lambda record: "get_config() returned None" not in str(record.msg)
 )
+
+# What to do where the system refuses a file.
+REMEDIES = {
+  errno.ENOSPC: "free some space, and start the same command again",
+  errno.EDQUOT: "this user's quota is used up: free some space",
+  errno.EFBIG: "raise the limit of file sizes (ulimit -f)",
+  errno.EROFS: "give a path that can be written",
+  errno.EACCES: "allow it, or give another path",
+  errno.EPERM: "allow it, or give another path",
+  errno.ENOTDIR: "a file is where a folder belongs: give another path",
+  errno.EEXIST: "move what is there, or give another path",
+  errno.EISDIR: "a folder is where a file belongs: give another path",
+  errno.EMFILE: "raise the limit of open files (ulimit -n)",
+}
+# Flags that say where a command writes.
+_TARGETS = ("workdir", "output", "target")
 
 
 def run(
@@ -40,12 +59,39 @@ def run(
   """
   # Else transformers says at its import that torch is not there.
   os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+  endings.listen()
   try:
     app.run(main, flags_parser=functools.partial(_parse_flags, num_arguments))
   except (ValueError, flags.Error) as error:
-    logging.debug("the traceback of the error below", exc_info=True)
-    print("error:", " ".join(str(error).split()), file=sys.stderr)
-    sys.exit(2)
+    _end(2, f"error: {error}")
+  except endings.NotFiniteError as error:
+    _end(3, f"error: {error}")
+  except endings.Stopped as error:
+    _end(128 + error.number, str(error))
+  except OSError as error:
+    _end(1, f"error: {_refusal(error)}")
+
+
+def _end(status: int, text: str) -> NoReturn:
+  """Exits with one line, from within an `except`."""
+  logging.debug("the traceback of the error below", exc_info=True)
+  print(" ".join(text.split()), file=sys.stderr)
+  sys.exit(status)
+
+
+def _refusal(error: OSError) -> str:
+  """Returns what the system refused, of which path, and what to do."""
+  if isinstance(error, BrokenPipeError):
+    # Or the interpreter would fail once more, on what is left to print.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  where = error.filename or ", ".join(
+    f"--{name}={flags.FLAGS[name].value}"
+    for name in _TARGETS
+    if name in flags.FLAGS and flags.FLAGS[name].value
+  )
+  remedy = REMEDIES.get(error.errno)
+  parts = (where, error.strerror or str(error), remedy)
+  return ": ".join(str(part) for part in parts if part)
 
 
 def load_config(

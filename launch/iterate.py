@@ -66,8 +66,8 @@ flags.mark_flags_as_required(["config", "workdir", "policy", "reward", "data"])
 
 
 def main(argv: list[str]) -> int:
-  """Returns 0 when the rounds finished, 143 when told to stop."""
-  from dpo_jax import trainer
+  """Returns 0 when the rounds finished, 128 + n when signal n stopped them."""
+  from dpo_jax import endings, trainer
   from dpo_jax.pipelines import iterative
   from dpo_jax.sampling import decode
 
@@ -91,7 +91,7 @@ def main(argv: list[str]) -> int:
   finished = iterative.run(
     CONFIG.value, WORKDIR.value, settings, rounds=ROUNDS.value
   )
-  return 0 if finished else 143
+  return 0 if finished else endings.status()
 
 
 if __name__ == "__main__":

@@ -25,12 +25,12 @@ flags.mark_flags_as_required(["data", "output"])
 
 def main(argv: list[str]) -> int:
   """Returns 0."""
-  from dpo_jax.data import bpe
+  from dpo_jax.data import bpe, tokenize
 
   tokenizer = bpe.train(
     bpe.texts(DATA_SOURCE.value, DATA.value, SPLIT.value), VOCAB_SIZE.value
   )
-  tokenizer.save_pretrained(OUTPUT.value)
+  tokenize.save_tokenizer(tokenizer, OUTPUT.value)
   print(f"{len(tokenizer)} tokens: {OUTPUT.value}")
   return 0
 

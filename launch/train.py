@@ -24,13 +24,13 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(argv: list[str]) -> int:
-  """Returns 0 when the run finished, 143 when it was told to stop."""
-  from dpo_jax import trainer
+  """Returns 0 when the run finished, 128 + n when signal n stopped it."""
+  from dpo_jax import endings, trainer
 
   if MULTIHOST.value:
     trainer.join_processes()
   finished = trainer.train(CONFIG.value, WORKDIR.value)
-  return 0 if finished else 143
+  return 0 if finished else endings.status()
 
 
 if __name__ == "__main__":

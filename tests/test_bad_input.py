@@ -75,7 +75,8 @@ CASES = {
   "beta at 0": ("--config.loss.beta=0", "loss.beta=0: must be above 0"),
   "a batch larger than the data": (
     "--config.batch_size=5",
-    "batch_size=5: larger than the data (4 pairs in {}/good.jsonl)",
+    "batch_size=5: larger than the data (4 pairs in {}/good.jsonl); pass"
+    " --config.batch_size=4 or less",
   ),
   "a mesh that does not fit": (
     "--config.mesh.fsdp=3",

@@ -11,6 +11,7 @@ FLOORS = {
   "limits": 1,
   "markdown": 1,
   "sharding": 1,
+  "endings": 1,
   "user_code": 1,
   "data": 2,
   "models": 2,

@@ -9,12 +9,16 @@ Orbax writes to a temporary folder and renames it, so what a killed process
 leaves is never taken for a checkpoint.
 """
 
+import contextlib
+import functools
 import json
+import logging as stdlib_logging
 import math
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -23,6 +27,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
+from dpo_jax import endings
 from dpo_jax.checkpoints import reader
 from dpo_jax.types import Params
 
@@ -75,8 +80,8 @@ class Manager:
     sign = 1.0 if lower_is_better else -1.0
 
     def badness(metrics: Mapping[str, float] | None) -> float:
-      value = sign * (metrics or {}).get(metric, math.inf * sign)
-      return math.inf if math.isnan(value) else value
+      value = sign * (metrics or {}).get(metric, math.inf)
+      return value if math.isfinite(value) else math.inf
 
     best = checkpoint_managers.BestN(
       get_metric_fn=badness,
@@ -85,17 +90,18 @@ class Manager:
       keep_checkpoints_without_metrics=False,
     )
     latest = checkpoint_managers.LatestN(keep)
-    self._orbax = ocp.CheckpointManager(
-      self._folder,
-      options=ocp.CheckpointManagerOptions(
-        best_fn=badness,  # Orbax writes metrics only where this is set.
-        best_mode="min",
-        preservation_policy=checkpoint_managers.AnyPreservationPolicy(
-          [latest, best]
-        ),
-        cleanup_tmp_directories=True,
+    options = ocp.CheckpointManagerOptions(
+      best_fn=badness,  # Orbax writes metrics only where this is set.
+      best_mode="min",
+      preservation_policy=checkpoint_managers.AnyPreservationPolicy(
+        [latest, best]
       ),
+      cleanup_tmp_directories=True,
     )
+    _hush_failed_writes()
+    self._folder.mkdir(parents=True, exist_ok=True)  # Orbax only logs if not
+    with self._writing():
+      self._orbax = ocp.CheckpointManager(self._folder, options=options)
 
   def save(
     self,
@@ -119,6 +125,7 @@ class Manager:
 
     Raises:
       ValueError: `metrics` lacks the key by which the best one is chosen.
+      OSError: this save, or the one before it, could not be written.
     """
     if metrics is not None and self._metric not in metrics:
       raise ValueError(
@@ -129,30 +136,39 @@ class Manager:
     if not (due or force) or step in self._orbax.all_steps():
       return False
     prints = jax.device_get(reader.fingerprints(state))
-    return self._orbax.save(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.PyTreeSave(
-          state,
-          save_args=jax.tree.map(
-            lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), state
-          ),
-        ),
-        fingerprints=ocp.args.JsonSave(
-          {name: int(value) for name, value in prints.items()}
+    args = ocp.args.Composite(
+      state=ocp.args.PyTreeSave(
+        state,
+        save_args=jax.tree.map(
+          lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), state
         ),
       ),
-      metrics={name: float(x) for name, x in (metrics or {}).items()},
-      force=True,
+      fingerprints=ocp.args.JsonSave(
+        {name: int(value) for name, value in prints.items()}
+      ),
     )
+    metrics = {name: float(x) for name, x in (metrics or {}).items()}
+    with self._writing():
+      return self._orbax.save(step, args=args, metrics=metrics, force=True)
 
   def wait(self) -> None:
-    """Returns when no save is under way; raises what a save raised."""
-    self._orbax.wait_until_finished()
+    """Returns when no save is under way; OSError where one was not written."""
+    with self._writing():
+      self._orbax.wait_until_finished()
 
   def close(self) -> None:
-    """Waits, then ends the threads."""
-    self._orbax.close()
+    """Waits as `wait` does, then ends the threads."""
+    with self._writing():
+      self._orbax.close()
+
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    """Raises no ValueError, which would read as the user's mistake."""
+    try:
+      with endings.writing(self._folder):
+        yield
+    except ValueError as error:
+      raise RuntimeError(f"{self._folder}: a save failed: {error}") from error
 
   def __enter__(self) -> "Manager":
     return self
@@ -210,6 +226,25 @@ class Manager:
     self._orbax.reload()
 
 
+@functools.cache
+def _hush_failed_writes() -> None:
+  """Keeps stderr free of the tracebacks of a save that failed.
+
+  Orbax's threads log each and then raise it; the writes beside the one that
+  failed find their event loop closed, and Python prints that nothing else can.
+  """
+  closed, show = "Event loop is closed", sys.unraisablehook
+  is_shown = lambda record: (
+    record.levelno < stdlib_logging.ERROR
+    or f"{os.sep}orbax{os.sep}" not in record.pathname
+  )
+  logging.get_absl_logger().addFilter(is_shown)
+  stdlib_logging.getLogger("asyncio").addFilter(
+    lambda record: closed not in f"{record.msg} {record.exc_info}"
+  )
+  sys.unraisablehook = lambda x: closed in str(x.exc_value) or show(x)
+
+
 def saved_steps(workdir: str | os.PathLike[str]) -> list[int]:
   """Returns the steps that a run folder holds checkpoints of, ascending."""
   names = ocp.path.step.standard_name_format()
@@ -234,7 +269,7 @@ def best_step(workdir: str | os.PathLike[str], metric: str) -> int | None:
     value = math.nan
     if path.exists():
       value = sign * json.loads(path.read_text()).get(metric, math.nan)
-    if not math.isnan(value):
+    if math.isfinite(value):
       found.append((value, step))
   return max(found)[1] if found else None
 

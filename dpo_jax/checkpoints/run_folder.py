@@ -6,6 +6,7 @@ checkpoints/   see `manager`
 finished       empty; there when the run of config.json came to its end
 """
 
+import errno
 import json
 import os
 import pathlib
@@ -15,10 +16,10 @@ from typing import Any
 FINISHED = "finished"
 LENGTH_KEYS = ("steps", "epochs")
 MODEL_FOLDER = "model"
-# What may differ when a run is taken up again.
+# What may differ when a run is taken up again: no update changes by it but in
+# rounding. So may `LENGTH_KEYS`, where the learning rate does not depend on
+# them.
 MUTABLE_KEYS = (
-  "steps",
-  "epochs",
   "microbatch_rows",
   "data.cache_dir",
   "mesh",
@@ -36,25 +37,44 @@ def check_config(
   Raises:
     ValueError: it holds a run of another config; the message says what
       differs.
+    NotADirectoryError: it cannot be a folder.
   """
   path = pathlib.Path(workdir) / "config.json"
+  for folder in path.parents:
+    if folder.exists() and not folder.is_dir():
+      reason = os.strerror(errno.ENOTDIR)
+      raise NotADirectoryError(errno.ENOTDIR, reason, str(folder))
   if not path.exists():
     return
   try:
-    before = _fixed(json.loads(path.read_text()))
+    before = flatten(json.loads(path.read_text()))
   except ValueError as error:
     raise ValueError(f"{path} is not JSON: {error}") from error
-  now = _fixed(config)
+  now = flatten(config)
+  schedule = now.get("optimizer.schedule", "constant")
+  free = set() if schedule != "constant" else set(LENGTH_KEYS)
+  if before.get("steps") and now.get("steps"):
+    free.add("epochs")  # steps win
   changed = [
-    f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
+    key
     for key in sorted(before.keys() | now.keys())
-    if before.get(key) != now.get(key)
+    if before.get(key) != now.get(key) and not (key in free or _is_mutable(key))
   ]
-  if changed:
-    raise ValueError(
-      f"{workdir} holds a run of another config: {'; '.join(changed)}; give"
-      " another --workdir"
+  if not changed:
+    return
+  allowed = "give another --workdir"
+  if set(changed) <= set(LENGTH_KEYS):
+    allowed = (
+      f"the rate of the steps already done depends on it under"
+      f" optimizer.schedule={schedule!r}; allowed: the old value, or another"
+      " --workdir"
     )
+  differ = (
+    f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in changed
+  )
+  raise ValueError(
+    f"{workdir} holds a run of another config: {'; '.join(differ)}; {allowed}"
+  )
 
 
 def write_config(
@@ -101,9 +121,5 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   return flat
 
 
-def _fixed(tree: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns dotted keys and values, without those that may differ."""
-  is_mutable = lambda key: any(
-    (key + ".").startswith(mutable + ".") for mutable in MUTABLE_KEYS
-  )
-  return {k: v for k, v in flatten(tree).items() if not is_mutable(k)}
+def _is_mutable(key: str) -> bool:
+  return any((key + ".").startswith(group + ".") for group in MUTABLE_KEYS)

@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 from absl import logging
 
+from dpo_jax import endings
 from dpo_jax.data import examples, tokenize
 from dpo_jax.data.packing import PairTokens, Ragged
 
@@ -166,7 +167,9 @@ def load(
         if dataset is None:
           shutil.rmtree(folder, ignore_errors=True)
           rows = examples.read(source, path, split=split, inputs=inputs)
-          _write(folder, *_tokenize(rows, path, tokenizer, settings))
+          tokenized = _tokenize(rows, path, tokenizer, settings)
+          with endings.writing(folder):
+            _write(folder, *tokenized)
   finally:
     barrier()  # also on an error, or the others would wait for ever
   dataset = dataset or _open(folder)

@@ -6,7 +6,7 @@ labelled by itself), of `prompt, responses` (a ranked list, the best first), or
 of `dropped`, the reason why a row gives none. Prompt and responses are
 strings, or lists of {role, content} messages (see `messages`); a prompt of
 messages with tools is {messages, tools}. A scored pair has `score_gap` too, by
-how much chosen scores above rejected. What `endings` says of its responses
+how much chosen scores above rejected. What `cuts` says of its responses
 stands in it, too.
 
 A new source is one module with a function `read(path, split)` that yields
@@ -26,7 +26,7 @@ rows, and one line in `SOURCES`. Its rows may have any of these columns:
   tools                      beside messages: what the assistant may call, a
                              list of objects or its JSON
   chosen_ended,              beside these: false where a response was cut when
-    rejected_ended, ended    it was sampled; see `endings`
+    rejected_ended, ended    it was sampled; see `cuts`
   dropped                    alone: why the source has nothing of the row
 
 Where demonstrations are asked for, the response of a pair is `chosen`. Where
@@ -47,7 +47,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dpo_jax.data import (
-  endings,
+  cuts,
   hh,
   hub,
   imdb,
@@ -116,7 +116,7 @@ def read(source: str, path: str, *, split: str, inputs: str) -> Iterator[dict]:
     row, tools = _split_tools(row)
     example = make_example(row, place)
     if "dropped" not in example:
-      example |= endings.read(row, example, place)
+      example |= cuts.read(row, example, place)
     if inputs != "prompts" and not _is_by_assistant(example):
       example = {"dropped": messages.LATER_TURNS}
     if tools and isinstance(example.get("prompt"), list):

@@ -20,7 +20,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 import transformers
 
-from dpo_jax.data import chat, continuation, endings, examples
+from dpo_jax import endings
+from dpo_jax.data import chat, continuation, cuts, examples
 from dpo_jax.data.packing import PairTokens, Ragged
 
 CHUNK_ROWS = 1024  # rows that are given to the tokenizer at once
@@ -99,6 +100,18 @@ def load_tokenizer(path: str) -> Tokenizer:
       " as eos_token"
     )
   return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: str | os.PathLike) -> None:
+  """Writes the files of a tokenizer into a folder, which is made if absent.
+
+  Raises:
+    OSError: they cannot be written.
+  """
+  # Of a file in its place transformers only logs.
+  os.makedirs(folder, exist_ok=True)
+  with endings.writing(folder):
+    tokenizer.save_pretrained(folder)
 
 
 def _load_file(path: str) -> Tokenizer:
@@ -277,7 +290,7 @@ def _tokenize_chunk(
     with _naming(where(number)):
       before = chat.prompt_text(tokenizer, row["prompt"])
       for response, has_end in zip(
-        _responses(row), endings.of(row), strict=True
+        _responses(row), cuts.ended(row), strict=True
       ):
         if response is not None:
           whole = chat.whole_text(
@@ -297,7 +310,7 @@ def _tokenize_chunk(
       continue
     report.not_ended += sum(
       not has_end
-      for tokens, has_end in zip(lists, endings.of(row), strict=True)
+      for tokens, has_end in zip(lists, cuts.ended(row), strict=True)
       if tokens
     )
     yield row, (prompt, *(tokens or [] for tokens in lists))

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from dpo_jax import experiment, trainer
 from dpo_jax.checkpoints import run_folder
-from dpo_jax.data import bpe
+from dpo_jax.data import bpe, tokenize
 
 SECONDS = "seconds.json"
 ENDINGS = (".jsonl", ".jsonl.xz", ".jsonl.gz")
@@ -131,5 +131,6 @@ def write_tokenizer(
   """Trains a tokenizer on demonstrations; see `bpe.texts` and `bpe.train`."""
   part = path.with_name(path.name + ".part")
   shutil.rmtree(part, ignore_errors=True)
-  bpe.train(bpe.texts(source, [data], ""), vocab_size).save_pretrained(part)
+  tokenizer = bpe.train(bpe.texts(source, [data], ""), vocab_size)
+  tokenize.save_tokenizer(tokenizer, part)
   part.rename(path)

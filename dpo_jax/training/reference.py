@@ -33,6 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from dpo_jax import endings
 from dpo_jax.data import loader
 from dpo_jax.losses import objectives
 from dpo_jax.models import config as model_config
@@ -280,7 +281,8 @@ def cached_logps(
     say(f"reference: computes log-probabilities of {shape[0]} pairs{why}")
     logps = np.asarray(compute(), np.float32)
     if is_writer:
-      _write(path, key, logps)
+      with endings.writing(path):
+        _write(path, key, logps)
     return logps
 
 

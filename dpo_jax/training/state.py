@@ -101,6 +101,13 @@ def init_loss_state(
   return {name: zero() for name in names} or None
 
 
+@jax.jit
+def is_finite(tree: Any) -> Array:
+  """Returns whether no array of the tree holds a NaN or an infinity."""
+  leaves = [jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]
+  return jnp.stack(leaves).all()
+
+
 def abstract_state(state: TrainState) -> TrainState:
   """Returns shapes, dtypes and layouts of `state`, for restoring into."""
   return jax.tree.map(

@@ -1,6 +1,7 @@
 """Special tokens once, truncation exactly at the limit, and the report."""
 
 import json
+import resource
 
 import hypothesis
 import numpy as np
@@ -310,6 +311,22 @@ def test_fingerprint_follows_vocabulary_special_tokens_and_template(
   others[-1].eos_token = "a"
   assert before not in [tokenize.fingerprint(other) for other in others]
   assert json.loads(before)
+
+
+def test_a_tokenizer_that_cannot_be_written_is_the_systems_error(
+  make_tokenizer, tmp_path
+):
+  (tmp_path / "file").touch()
+  with pytest.raises(FileExistsError):
+    tokenize.save_tokenizer(make_tokenizer(), tmp_path / "file")
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+  try:
+    with pytest.raises(OSError, match="File too large") as caught:
+      tokenize.save_tokenizer(make_tokenizer(), tmp_path / "folder")
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert caught.value.filename == str(tmp_path / "folder")
 
 
 @pytest.mark.parametrize(

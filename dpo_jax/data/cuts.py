@@ -50,7 +50,7 @@ def read(row: dict, example: dict, where: str) -> dict[str, Any]:
   return {"ended": [flags.get(name, True) for name in names]} if flags else {}
 
 
-def of(example: dict) -> list[bool]:
+def ended(example: dict) -> list[bool]:
   """Returns whether each response of an example ended, in their order.
 
   One response counts twice, as it stands in one of two columns.

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dpo_jax.data import endings, examples
+from dpo_jax.data import cuts, examples
 
 PAIR = {"prompt": "p", "chosen": "c", "rejected": "r"}
 ONE = {"prompt": "p", "response": "r"}
@@ -40,7 +40,7 @@ def read(write_lines):
   ],
 )
 def test_a_response_ended_unless_its_row_says_no(row, inputs, expected, read):
-  assert endings.of(read(row, inputs)) == expected
+  assert cuts.ended(read(row, inputs)) == expected
 
 
 def test_prompts_alone_have_no_endings(read):
