@@ -9,6 +9,8 @@ PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "dpo_jax"
 FLOORS = {
   "types": 0,
   "sharding": 1,
+  "schema": 1,
+  "caches": 1,
   "data": 2,
   "models": 2,
   "losses": 2,
