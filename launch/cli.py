@@ -20,7 +20,7 @@ from absl import app, flags, logging
 from ml_collections import config_dict
 from ml_collections.config_flags import config_flags
 
-from dpo_jax import endings, user_code
+from dpo_jax import endings, schema, user_code
 
 # ml_collections warns of a config that is None, which is an error here.
 logging.get_absl_logger().addFilter(
@@ -180,6 +180,8 @@ def _check_numbers(values: flags.FlagValues) -> None:
 
 def _read_flags(values: flags.FlagValues, argv: list[str]) -> list[str]:
   """Returns what is left of `argv`; mistakes in a config become one line."""
+  for flag in _config_flags(values):
+    schema.check_regular((_config_path(flag, argv) or "").split(":")[0])
   try:
     rest = values(argv)
     for flag in _config_flags(values):

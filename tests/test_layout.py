@@ -13,6 +13,8 @@ FLOORS = {
   "sharding": 1,
   "endings": 1,
   "user_code": 1,
+  "schema": 1,
+  "caches": 1,
   "data": 2,
   "models": 2,
   "losses": 2,

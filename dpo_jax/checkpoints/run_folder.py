@@ -10,8 +10,10 @@ import errno
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
+
+from dpo_jax import schema
 
 FINISHED = "finished"
 LENGTH_KEYS = ("steps", "epochs")
@@ -27,6 +29,43 @@ MUTABLE_KEYS = (
   "eval",
   "log",
 )
+
+
+# What is read of a config, by dotted key.
+KINDS = {
+  "steps": schema.integer(0, schema.MAX_INDEX),
+  "epochs": schema.number("a number, at least 0", 0, schema.HUGE),
+  **{
+    f"data.max{part}_length": schema.integer(0, schema.MAX_INDEX)
+    for part in ("", "_prompt")
+  },
+  "loss.beta": schema.NUMBER,
+  "checkpoint.metric": schema.STRING,
+  "reference.mode": schema.STRING,
+  **dict.fromkeys(("model.path", "reference.path", "lora.path"), schema.STRING),
+}
+
+
+def read_config(
+  workdir: str | os.PathLike[str], required: Collection[str] = ()
+) -> dict[str, Any]:
+  """Returns the values of a run's config.json by their dotted keys.
+
+  Args:
+    workdir: the run folder.
+    required: keys that it must have.
+
+  Raises:
+    ValueError: no such file, one that is not JSON, a key that is missing or a
+      value of a wrong kind.
+  """
+  path = pathlib.Path(workdir) / "config.json"
+  values = flatten(schema.read(path, {}))
+  try:
+    schema.check(values, KINDS, required)
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from error
+  return values
 
 
 def check_config(
@@ -46,11 +85,7 @@ def check_config(
       raise NotADirectoryError(errno.ENOTDIR, reason, str(folder))
   if not path.exists():
     return
-  try:
-    before = flatten(json.loads(path.read_text()))
-  except ValueError as error:
-    raise ValueError(f"{path} is not JSON: {error}") from error
-  now = flatten(config)
+  before, now = read_config(workdir), flatten(config)
   schedule = now.get("optimizer.schedule", "constant")
   free = set() if schedule != "constant" else set(LENGTH_KEYS)
   if before.get("steps") and now.get("steps"):
@@ -106,7 +141,7 @@ def is_finished(
   folder = pathlib.Path(workdir)
   if not (folder / FINISHED).exists():
     return False
-  before = json.loads((folder / "config.json").read_text())
+  before = read_config(folder, LENGTH_KEYS)
   return all(before[key] == config[key] for key in LENGTH_KEYS)
 
 

@@ -21,6 +21,13 @@ CHOICES = {
 }
 
 
+# Fields that are at least 1, where they are not None.
+SIZES = (
+  *("vocab_size", "num_layers", "d_model", "d_mlp", "num_heads"),
+  *("head_width", "max_positions", "rotary_width", "window", "vocab_multiple"),
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
   """The stretching of rotary wavelengths beyond the trained length.
@@ -139,6 +146,9 @@ class ModelConfig:
       value = getattr(self, name)
       if value not in known:
         raise ValueError(f"model {name} {value!r}; known: {', '.join(known)}")
+    for name in SIZES:
+      if (value := getattr(self, name)) is not None and value < 1:
+        raise ValueError(f"model {name}={value}: must be at least 1")
     if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
       raise ValueError(
         f"model num_kv_heads={self.num_kv_heads}: must divide"
@@ -150,16 +160,10 @@ class ModelConfig:
         f"model head_width={self.head_width}, of which {width} turn: rotary"
         " positions need an even part of it"
       )
-    if self.window is not None and self.window < 1:
-      raise ValueError(f"model window={self.window}: must be at least 1")
     if len(self.sliding) != (self.num_layers if self.window else 0):
       raise ValueError(
         f"model window={self.window} and {len(self.sliding)} entries of"
         f" sliding: there are {self.num_layers} layers"
-      )
-    if self.vocab_multiple < 1:
-      raise ValueError(
-        f"model vocab_multiple={self.vocab_multiple}: must be at least 1"
       )
     if not 0 <= self.experts_per_token <= self.num_experts:
       raise ValueError(

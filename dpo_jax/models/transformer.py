@@ -268,7 +268,15 @@ def fit_vocabulary(config: ModelConfig, params: Params) -> Params:
 
 def param_shapes(config: ModelConfig) -> Params:
   """Returns the tree of parameters as shapes and dtypes, without values."""
-  return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+  leaves, structure = _param_shapes(config)
+  return structure.unflatten(leaves)
+
+
+@functools.lru_cache(maxsize=64)  # It takes longer than reading small files.
+def _param_shapes(config: ModelConfig) -> tuple[list[Any], Any]:
+  return jax.tree.flatten(
+    jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+  )
 
 
 def logical_axes(config: ModelConfig) -> dict[str, Any]:

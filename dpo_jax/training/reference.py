@@ -23,8 +23,6 @@ import hashlib
 import json
 import os
 import pathlib
-import uuid
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 
 import filelock
@@ -33,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dpo_jax import endings
+from dpo_jax import caches, endings, schema
 from dpo_jax.data import loader
 from dpo_jax.losses import objectives
 from dpo_jax.models import config as model_config
@@ -267,7 +265,7 @@ def cached_logps(
   is_writer = jax.process_index() == 0
   with _locked(path, say) if is_writer else contextlib.nullcontext():
     found, problem = None, ""
-    if is_writer and path.exists():
+    if is_writer and os.path.lexists(path):
       found, problem = _read(path, key, shape)
     has_found = multihost_utils.broadcast_one_to_all(
       np.array(found is not None)
@@ -289,7 +287,8 @@ def cached_logps(
 @contextlib.contextmanager
 def _locked(path: pathlib.Path, say: Callable[[str], None]) -> Iterator[None]:
   path.parent.mkdir(parents=True, exist_ok=True)
-  lock = filelock.FileLock(path.with_suffix(".lock"))
+  caches.sweep(path.parent)
+  lock = caches.lock(path)
   try:
     lock.acquire(timeout=0)
   except filelock.Timeout:
@@ -306,10 +305,11 @@ def _read(
 ) -> tuple[np.ndarray | None, str]:
   """Returns the values of a cache, or None and why they are not to be used."""
   try:
+    schema.check_file(path)
     with np.load(path) as file:
       logps, written = file["logps"], str(file["sha256"])
-  except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-    return None, " ".join(str(error).split())
+  except Exception as error:  # Whatever numpy makes of other files.
+    return None, " ".join(str(error).split()) or type(error).__name__
   if logps.dtype != np.float32 or logps.shape != shape:
     return None, f"it holds {logps.dtype}{list(logps.shape)}"
   if written != _checksum(key, logps):
@@ -319,10 +319,11 @@ def _read(
 
 def _write(path: pathlib.Path, key: str, logps: np.ndarray) -> None:
   """Writes a cache, whole or not at all."""
-  part = path.with_name(f".{path.stem}-{uuid.uuid4().hex}")
+  part = caches.partial(path)
   try:
     with part.open("wb") as file:
       np.savez(file, logps=logps, sha256=np.array(_checksum(key, logps)))
+    caches.remove(path)
     part.replace(path)
   finally:
     part.unlink(missing_ok=True)

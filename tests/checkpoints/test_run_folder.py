@@ -80,3 +80,21 @@ def test_a_file_where_the_run_folder_belongs_is_refused(tmp_path):
   with pytest.raises(NotADirectoryError) as caught:
     run_folder.check_config(tmp_path / "file" / "run", CONFIG)
   assert caught.value.filename == str(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+  "text, message",
+  [
+    ("[]", "must be a JSON object"),
+    ("{", "not JSON"),
+    ('{"steps": "5", "epochs": 1}', "steps='5': must be an integer"),
+    ('{"steps": 5, "epochs": NaN}', "epochs=nan: must be a number"),
+    ('{"steps": 5}', "'epochs' is missing"),
+  ],
+)
+def test_a_config_that_lies_is_refused_by_file_and_key(text, message, finished):
+  (finished / "config.json").write_text(text)
+  with pytest.raises(ValueError) as error:
+    run_folder.is_finished(finished, CONFIG)
+  assert str(error.value).startswith(f"{finished}/config.json: ")
+  assert message in str(error.value)

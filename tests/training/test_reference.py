@@ -3,8 +3,10 @@
 import functools
 import json
 import multiprocessing
+import os
 import pathlib
 import time
+import zipfile
 
 import jax
 import numpy as np
@@ -185,6 +187,38 @@ def test_a_damaged_cache_is_computed_again(tmp_path):
   load("other", count=5)
   assert "it holds float32[6, 2]" in said[-1]
   assert not list(tmp_path.glob(".reference*"))
+
+
+def _save_array(path):
+  with path.open("wb") as file:
+    np.save(file, np.zeros((6, 2), np.float32))
+
+
+@pytest.mark.parametrize(
+  "place",
+  [
+    pathlib.Path.mkdir,
+    os.mkfifo,
+    lambda path: path.symlink_to("absent"),
+    _save_array,
+    lambda path: zipfile.ZipFile(path, "w").close(),
+    lambda path: np.savez(path, logps=np.zeros(2), sha256=np.zeros(3)),
+  ],
+  ids=["folder", "fifo", "link", "array", "zip", "others"],
+)
+def test_whatever_else_is_at_a_cache_s_place_is_replaced(tmp_path, place):
+  path, said = tmp_path / "reference_key.npz", []
+  place(path)
+  left = tmp_path / f".reference_gone-{'0' * 32}"
+  left.touch()
+  logps = np.ones((6, 2), np.float32)
+  load = lambda: reference.cached_logps(
+    tmp_path, "key", (6, 2), lambda: logps, said.append
+  )
+  np.testing.assert_array_equal(load(), logps)
+  assert f"{path.name} was damaged: " in said[-1]
+  np.testing.assert_array_equal(load(), logps)
+  assert READS in said[-1] and not left.exists()
 
 
 def _with_another_value(path: pathlib.Path) -> bytes:
