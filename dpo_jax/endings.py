@@ -88,7 +88,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
   try:
     yield
   except OSError as error:
-    if error.filename is None:
+    if error.errno is not None and error.filename is None:
       error.filename = os.fspath(path)
     raise
   except Exception as error:
