@@ -28,7 +28,10 @@ def get_config() -> config_dict.ConfigDict:
   config.data.eval_split = "test"
   config.data.shuffle = True  # False: file order
   config.data.max_length = 512  # tokens of prompt and one response
-  config.data.max_prompt_length = 256  # tokens
+  config.data.max_prompt_length = 256  # tokens of a prompt that is cut
+  # When a prompt is cut, its end kept: if_needed (prompt and longest response
+  # exceed max_length), always, never (responses alone are). See docs/data.md.
+  config.data.truncate_prompts = "if_needed"
   # Tokens of one response, EOS among them; 0: what max_length leaves. Samples
   # that were cut at a length end without an EOS by the same number here.
   config.data.max_response_length = 0

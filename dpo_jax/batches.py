@@ -113,6 +113,7 @@ def _read_tokens(options, objective, tokenizer, cache_dir, path, split):
     max_length=options["max_length"],
     max_prompt_length=options["max_prompt_length"],
     max_response_length=options["max_response_length"],
+    truncate_prompts=options["truncate_prompts"],
     is_builder=jax.process_index() == 0,
     barrier=lambda: multihost_utils.sync_global_devices("tokens cached"),
   )

@@ -14,12 +14,13 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import jinja2
 import numpy as np
 import transformers
 
-from dpo_jax.data import examples
+from dpo_jax.data import examples, truncation
 from dpo_jax.data.packing import PairTokens, Ragged
 
 CHUNK_ROWS = 1024  # rows that are given to the tokenizer at once
@@ -123,15 +124,11 @@ def tokenize(
   tokenizer: Tokenizer,
   *,
   inputs: str,
-  max_length: int,
-  max_prompt_length: int,
-  max_response_length: int = 0,
+  **lengths: Any,
 ) -> tuple[PairTokens, Report]:
   """Returns the tokens of the rows that are kept, and what became of all.
 
-  Prompts lose tokens from the left, down to `max_prompt_length`; then
-  responses from the right, down to `max_response_length` and until prompt and
-  response hold `max_length`. A pair with a response that is lost whole is
+  Rows are cut as `truncation` says. One whose responses are lost whole is
   dropped.
 
   Args:
@@ -140,28 +137,19 @@ def tokenize(
     inputs: one of `examples.INPUTS`. The response of a demonstration stands
       in the column of chosen ones, one that is labelled by itself in that of
       chosen or rejected; a list's responses have columns of their own.
-    max_length: tokens in prompt and response together, at least 1.
-    max_prompt_length: tokens in a prompt, at least 1.
-    max_response_length: tokens in a response, EOS among them; 0: no bound.
+    **lengths: the fields of `truncation.Limits`.
 
   Raises:
     ValueError: a length out of range, messages without a chat template.
   """
-  for name, value, least in (
-    ("max_length", max_length, 1),
-    ("max_prompt_length", max_prompt_length, 1),
-    ("max_response_length", max_response_length, 0),
-  ):
-    if value < least:
-      raise ValueError(f"{name}={value}: must be at least {least}")
-  lengths = max_length, max_prompt_length, max_response_length or max_length
+  limits = truncation.Limits(**lengths)
   report = Report()
   columns = [_Lists(), _Lists(), _Lists()]
   score_gaps = array.array("f")
   rows = iter(rows)
   while chunk := list(itertools.islice(rows, CHUNK_ROWS)):
     for row, lists in _tokenize_chunk(chunk, tokenizer, report):
-      kept = _truncate(lists, *lengths, report)
+      kept = _truncate(lists, limits, report)
       if kept:
         while len(columns) < len(kept):  # a list longer than those before it
           columns.append(_Lists.of_empty(report.kept - 1))
@@ -284,23 +272,20 @@ def _responses(row: dict) -> list[examples.Text | None]:
 
 
 def _truncate(
-  lists: tuple[list[int], ...],
-  max_length: int,
-  max_prompt_length: int,
-  max_response_length: int,
-  report: Report,
+  lists: tuple[list[int], ...], limits: truncation.Limits, report: Report
 ) -> tuple[list[int], ...] | None:
   """Returns prompt and responses cut to length; None when dropped."""
   prompt, *responses = lists
-  kept_prompt = prompt[-max_prompt_length:]
-  room = min(max_length - len(kept_prompt), max_response_length)
-  if room <= 0:
+  found = limits.cut(prompt, responses)
+  if found is None:
     report.drop("no room for a response")
     return None
-  kept = [response[:room] for response in responses]
+  kept_prompt, kept = found
   report.kept += 1
-  report.truncated_prompts += len(prompt) > max_prompt_length
-  report.truncated_responses += sum(len(x) > room for x in responses)
+  report.truncated_prompts += len(kept_prompt) < len(prompt)
+  report.truncated_responses += sum(
+    len(x) < len(whole) for x, whole in zip(kept, responses, strict=True)
+  )
   present = [tuple(tokens) for tokens in kept if tokens]
   report.identical += len(set(present)) < len(present)
   return kept_prompt, *kept

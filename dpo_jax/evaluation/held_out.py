@@ -12,7 +12,14 @@ import numpy as np
 
 from dpo_jax import sharding
 from dpo_jax.checkpoints import source
-from dpo_jax.data import dataset, examples, loader, packing, tokenize
+from dpo_jax.data import (
+  dataset,
+  examples,
+  loader,
+  packing,
+  tokenize,
+  truncation,
+)
 from dpo_jax.evaluation import preference_report
 from dpo_jax.losses import objectives
 from dpo_jax.models import transformer
@@ -32,8 +39,9 @@ class Settings:
     reference: the same of what it is compared with.
     beta: scales log-ratios to rewards, above 0.
     max_length: tokens of prompt and one response.
-    max_prompt_length: tokens.
+    max_prompt_length: tokens of a prompt that is cut.
     max_response_length: tokens; 0: no bound.
+    truncate_prompts: when it is; one of `truncation.RULES`.
     dtype: of matmuls.
   """
 
@@ -43,6 +51,7 @@ class Settings:
   max_length: int
   max_prompt_length: int
   max_response_length: int
+  truncate_prompts: str
   dtype: str
 
 
@@ -65,6 +74,7 @@ def make_settings(path: str, *, dtype: str = "auto", **given: Any) -> Settings:
     "max_length": 512,
     "max_prompt_length": 256,
     "max_response_length": 0,
+    "truncate_prompts": "if_needed",
   }
   run, _ = source.split_step(path)
   file = pathlib.Path(run) / "config.json"
@@ -73,7 +83,7 @@ def make_settings(path: str, *, dtype: str = "auto", **given: Any) -> Settings:
     defaults = {
       "reference": _reference_of(config),
       "beta": config["loss"]["beta"],
-    } | {name: config["data"][name] for name in defaults}
+    } | truncation.of_run(config["data"])
   settings = defaults | {k: v for k, v in given.items() if v is not None}
   for name in ("reference", "beta"):
     if not settings.get(name):
@@ -163,6 +173,7 @@ def _tokenize(rows, path, tokenizer, settings):
       max_length=settings.max_length,
       max_prompt_length=settings.max_prompt_length,
       max_response_length=settings.max_response_length,
+      truncate_prompts=settings.truncate_prompts,
     )
     dropped.update(report.dropped)
     kept += report.kept

@@ -229,7 +229,8 @@ def _round_config(config, settings, policy, pairs) -> ConfigDict:
   config.model.preset, config.model.path = "", policy
   config.data.source, config.data.path = "jsonl", pairs
   config.data.eval_path = ""
-  # Samples that were cut have no EOS.
+  # As they were when sampled from; and samples that were cut have no EOS.
+  config.data.truncate_prompts = "always"
   config.data.max_response_length = (
     config.data.max_response_length or settings.sampling.max_new_tokens
   )

@@ -5,13 +5,14 @@ import json
 import math
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from dpo_jax import sharding
 from dpo_jax.checkpoints import source
-from dpo_jax.data import dataset, loader, packing, tokenize
+from dpo_jax.data import dataset, loader, packing, tokenize, truncation
 from dpo_jax.losses import objectives
 from dpo_jax.models import config as model_config
 from dpo_jax.models import transformer
@@ -76,9 +77,9 @@ def load(
       f"output='probability': {path!r} is a reward model, of whose scores only"
       " differences count; allowed: logit, or a classifier"
     )
-  lengths = _run_lengths(path) or (MAX_LENGTH, MAX_PROMPT_LENGTH, 0)
-  max_length = max_length or lengths[0]
-  max_prompt_length = max_prompt_length or lengths[1]
+  lengths = _run_lengths(path)
+  max_length = max_length or lengths["max_length"]
+  max_prompt_length = max_prompt_length or lengths["max_prompt_length"]
   if max_length < 2 or max_prompt_length < 1:
     raise ValueError(
       f"max_length={max_length}, max_prompt_length={max_prompt_length}: must be"
@@ -96,23 +97,23 @@ def load(
     opened,
     config,
     output=output,
-    max_length=max_length,
-    max_prompt_length=min(max_prompt_length, max_length - 1),
-    max_response_length=lengths[2] or max_length,
+    limits=truncation.Limits(
+      max_length,
+      min(max_prompt_length, max_length - 1),
+      lengths["max_response_length"],
+      lengths["truncate_prompts"],
+    ),
     with_eos=with_eos,
   )
 
 
-def _run_lengths(path: str) -> tuple[int, int, int] | None:
-  """Returns the lengths that a run cut its data to; None where it is none.
-
-  Tokens in all, of a prompt, and of a response (0: no bound).
-  """
+def _run_lengths(path: str) -> dict[str, Any]:
+  """Returns the fields of `truncation.Limits` of a run's data, or defaults."""
   if not source.is_run(path):
-    return None
-  data = json.loads((pathlib.Path(path) / "config.json").read_text())["data"]
-  parts = ("", "_prompt", "_response")
-  return tuple(data[f"max{part}_length"] for part in parts)
+    limits = truncation.Limits(MAX_LENGTH, MAX_PROMPT_LENGTH)
+    return dataclasses.asdict(limits)
+  config = json.loads((pathlib.Path(path) / "config.json").read_text())
+  return truncation.of_run(config["data"])
 
 
 class Learned:
@@ -124,17 +125,13 @@ class Learned:
     config: model_config.ModelConfig,
     *,
     output: str,
-    max_length: int,
-    max_prompt_length: int,
-    max_response_length: int,
+    limits: truncation.Limits,
     with_eos: bool,
   ):
     """Reads the weights; see `load`, which checks the arguments."""
     self.config = config
     self._output = output
-    self._max_length = max_length
-    self._max_prompt_length = max_prompt_length
-    self._max_response_length = max_response_length
+    self._limits = limits
     self._with_eos = with_eos
     self._tokenizer = tokenize.load_tokenizer(opened.tokenizer)
     self._mesh = sharding.make_mesh()
@@ -153,9 +150,8 @@ class Learned:
   ) -> np.ndarray:
     """Returns f32[n], the score of each response behind its prompt.
 
-    Tokens are those of training: prompts cut from the left, responses from the
-    right, tokenised apart. What else is asked for in the same call changes a
-    score by rounding at most.
+    Tokens are those of training, cut to its lengths, tokenised apart. What else
+    is asked for in the same call changes a score by rounding at most.
 
     Raises:
       ValueError: lists of different lengths, or a response without a token.
@@ -183,17 +179,23 @@ class Learned:
     if not self._with_eos:
       eos = self._tokenizer.eos_token_id
       answers = [ids[:-1] if ids[-1] == eos else ids for ids in answers]
-    kept = [ids[-self._max_prompt_length :] for ids in encoded]
-    cut = [
-      ids[: min(self._max_length - len(prompt), self._max_response_length)]
-      for prompt, ids in zip(kept, answers, strict=True)
-    ]
-    if not all(cut):
+    if not all(answers):
       raise ValueError(
-        f"response {cut.index([])} is empty: must hold a token or more, as it"
-        " is read without an EOS"
+        f"response {answers.index([])} is empty: must hold a token or more, as"
+        " it is read without an EOS"
       )
-    return kept, cut
+    rows = [
+      self._limits.cut(prompt, [ids])
+      for prompt, ids in zip(encoded, answers, strict=True)
+    ]
+    if None in rows:
+      place = rows.index(None)
+      raise ValueError(
+        f"prompt {place} has {len(encoded[place])} tokens: must leave room for"
+        f" a response in max_length={self._limits.max_length}, as the model's"
+        " run cut no prompts"
+      )
+    return [prompt for prompt, _ in rows], [ids for _, (ids,) in rows]
 
   def _batches(self, prompts, responses) -> loader.Loader:
     tokens = dataset.TokenDataset.from_lists(
@@ -206,7 +208,7 @@ class Learned:
       tokens,
       batch_size=BATCH_SIZE,
       # Always the same, so that few shapes are compiled.
-      row_length=128 * math.ceil(self._max_length / 128),
+      row_length=128 * math.ceil(self._limits.max_length / 128),
       microbatch_rows=SHARD_ROWS * sharding.num_row_shards(self._mesh),
       layout=layout,
       scored="ends",

@@ -90,9 +90,16 @@ def test_demonstrations_stand_in_chosen(tokenizer):
 
 def test_prompt_is_cut_on_the_left_exactly_at_the_limit(tokenizer):
   rows = [pair("abc", "c", "r"), pair("abcd", "c", "r")]
-  texts, report = run(rows, tokenizer, max_prompt_length=3)
+  texts, report = run(rows, tokenizer, max_length=5, max_prompt_length=3)
   assert [text[0] for text in texts] == ["abc", "bcd"]
   assert report.truncated_prompts == 1
+
+
+def test_a_prompt_that_fits_with_its_response_is_not_cut(tokenizer):
+  rows = [pair("abcd", "c", ""), pair("abcd", "c", "r!")]
+  texts, report = run(rows, tokenizer, max_length=6, max_prompt_length=3)
+  assert texts == [("abcd", "c</s>", "</s>"), ("bcd", "c</s>", "r!</s>")]
+  assert (report.truncated_prompts, report.truncated_responses) == (1, 0)
 
 
 def test_responses_are_cut_on_the_right_exactly_at_the_limit(tokenizer):
@@ -144,7 +151,7 @@ def test_lengths_never_pass_the_limits(tokenizer, rows, longest, prompt_limit):
   prompt, chosen, rejected = (
     np.diff(column.offsets) for column in (tokens.prompt, *tokens.responses)
   )
-  assert ((prompt >= 1) & (prompt <= prompt_limit)).all()
+  assert (prompt >= 1).all()
   for response in (chosen, rejected):
     assert ((response >= 1) & (prompt + response <= longest)).all()
   assert report.kept == len(prompt)
