@@ -13,7 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from dpo_jax.data import packing
+from dpo_jax.data import mismatch, packing
 from dpo_jax.types import Batch, Rows
 
 T = TypeVar("T")
@@ -81,9 +81,8 @@ class Loader:
   only its own rows, so that any number of processes sees one global batch.
 
   Beside the responses a pair can have columns of its own for
-    mismatched  the response of the pair that stands half the dataset away,
-                behind this prompt, in rows of its own; of pairs, the chosen
-                and the rejected in turns. Cut so that no sequence is longer
+    mismatched  a response to another prompt (see `mismatch`), behind this
+                prompt, in rows of its own. Cut so that no sequence is longer
                 than the dataset's longest
     prompt      the prompt's tokens from the second on, where they stand
   """
@@ -101,6 +100,7 @@ class Loader:
     row_range: tuple[int, int] | None = None,
     extra_columns: tuple[str, ...] = (),
     scored: str = "tokens",
+    max_prompt_length: int = 0,
   ):
     """Checks that every pair of the dataset can be placed.
 
@@ -117,6 +117,8 @@ class Loader:
       extra_columns: what is scored beside the responses, in this order; no
         column comes after `prompt`.
       scored: one of `packing.SCORED`.
+      max_prompt_length: tokens to which some prompts may have been cut, of
+        which a mismatched response looks at no others; 0: none were.
 
     Raises:
       ValueError: a number out of range, an unknown layout, a row length that
@@ -125,6 +127,7 @@ class Loader:
     """
     self.dataset = dataset
     self.reference_logps: np.ndarray | None = None  # f32[n,C]
+    self.mismatched: tuple[np.ndarray, ...] = ()  # of `mismatch.find`
     self.num_pairs = len(dataset.lengths)
     self.batch_size = batch_size
     self.microbatch_rows = microbatch_rows
@@ -138,7 +141,8 @@ class Loader:
     self._num_responses = dataset.lengths.shape[1] - 1
     self._lengths = dataset.lengths
     if MISMATCHED in extra_columns:
-      self._partner, self._partner_column, lengths = _mismatch(dataset.lengths)
+      self.mismatched = mismatch.find(dataset, max_prompt_length)
+      self._partner, self._partner_column, lengths = self.mismatched
       self._lengths = np.column_stack([dataset.lengths, lengths])
     spans = packing.span_lengths(dataset.lengths, layout)
     self.row_length = row_length or choose_row_length(
@@ -184,10 +188,6 @@ class Loader:
       raise ValueError(
         f"layout 'padded': the data has lists of {num_responses} responses, it"
         " holds pairs; allowed: 'mirrored'"
-      )
-    if MISMATCHED in self.extra_columns and self.num_pairs < 2:
-      raise ValueError(
-        "the dataset holds 1 pair; mismatched responses need at least 2"
       )
     if self.layout == "padded" and self.microbatch_rows % 2:
       raise ValueError(
@@ -362,24 +362,6 @@ class Loader:
     slots = np.zeros((self.batch_size, *values.shape[1:]), values.dtype)
     slots[: len(values)] = values
     return slots
-
-
-def _mismatch(
-  lengths: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Returns each pair's partner, which response of it, and how much of that.
-
-  Half the dataset away, as pairs of one prompt often stand side by side.
-  """
-  partner = np.roll(np.arange(len(lengths)), -(len(lengths) // 2))
-  prompt, chosen, rejected = lengths.T
-  is_rejected = np.where(
-    (chosen > 0) & (rejected > 0), np.arange(len(lengths)) % 2, rejected > 0
-  )
-  longest = (prompt + np.maximum(chosen, rejected)).max()
-  theirs = np.where(is_rejected, rejected, chosen)[partner]
-  column = is_rejected[partner].astype(np.int64)
-  return partner, column, np.minimum(theirs, longest - prompt)
 
 
 class Prefetch(Generic[T]):
