@@ -37,6 +37,10 @@ CASES = {
     "--config.data.path={}/garbage.jsonl.xz",
     "garbage.jsonl.xz' cannot be read from line 5 on: ",
   ),
+  "a tokenizer without a backend in Rust": (
+    "--config.model.tokenizer={}/bytes",
+    "tokenizer '{}/bytes' is a ByT5Tokenizer, which has no tokenizer.json",
+  ),
   "a missing column": (
     "--config.data.path={}/column.jsonl",
     "column.jsonl, line 2: no column 'rejected'; columns: prompt, chosen",
@@ -138,6 +142,7 @@ def inputs(tmp_path_factory):
   write("type.jsonl", [json.dumps(PAIR | {"chosen": 7})])
   write("empty.jsonl", [])
   synthetic.make_tokenizer().save_pretrained(folder / "tokenizer")
+  transformers.ByT5Tokenizer().save_pretrained(folder / "bytes")
   words = tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a")
   transformers.PreTrainedTokenizerFast(
     tokenizer_object=tokenizers.Tokenizer(words)

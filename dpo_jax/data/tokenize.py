@@ -20,7 +20,7 @@ import jinja2
 import numpy as np
 import transformers
 
-from dpo_jax.data import examples, truncation
+from dpo_jax.data import examples, quiet, truncation
 from dpo_jax.data.packing import PairTokens, Ragged
 
 CHUNK_ROWS = 1024  # rows that are given to the tokenizer at once
@@ -74,26 +74,46 @@ def load_tokenizer(path: str) -> Tokenizer:
       first of `END_TOKENS` among its special tokens.
 
   Raises:
-    ValueError: no tokenizer there, or none with an end-of-sequence token.
+    ValueError: no tokenizer there that is whole, or none with a backend of
+      `tokenizers` and an end-of-sequence token. No code of a folder is run.
   """
   is_local = path.startswith(("/", ".")) or path.endswith(".json")
   if is_local and not os.path.exists(path):
     raise ValueError(f"no such tokenizer: {path!r}")
   try:
-    if os.path.isfile(path):
-      tokenizer = _load_file(path)
-    else:
-      tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-  except Exception as error:  # `tokenizers` raises bare Exceptions
+    with quiet.held_back_stderr():
+      tokenizer = (
+        _load_file(path)
+        if os.path.isfile(path)
+        else transformers.AutoTokenizer.from_pretrained(
+          path, trust_remote_code=False
+        )
+      )
+      tokenizer("")  # some are found to be broken when they are first used
+  except (KeyboardInterrupt, SystemExit):
+    raise
+  except BaseException as error:  # `tokenizers` raises such where it panics
     reason = " ".join(str(error).split())
+    if "trust_remote_code" in reason:
+      reason = "its class is code of its own, which is never run"
     raise ValueError(
       f"no tokenizer at {path!r}: {reason}; allowed: a folder, a tokenizers"
       " file, or a hub name"
     ) from error
-  if tokenizer.eos_token_id is None:
+  if not isinstance(tokenizer, transformers.PreTrainedTokenizerFast):
+    raise ValueError(
+      f"tokenizer {path!r} is a {type(tokenizer).__name__}, which has no"
+      " tokenizer.json; allowed: one with a backend of the package tokenizers"
+    )
+  if not tokenizer.eos_token or tokenizer.eos_token_id is None:
     raise ValueError(
       f"tokenizer {path!r} has no end-of-sequence token; it must name one"
       " as eos_token"
+    )
+  template = tokenizer.chat_template
+  if not isinstance(template, str | dict | None):
+    raise ValueError(
+      f"tokenizer {path!r}: chat_template={template!r}; allowed: a text"
     )
   return tokenizer
 
