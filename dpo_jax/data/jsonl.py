@@ -172,7 +172,8 @@ def _unreadable(path: str, kind: str, number: int, error: Exception) -> str:
 def _read_parquet(path: str) -> Iterator[dict]:
   number = 0
   try:
-    for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):
+    file = parquet.ParquetFile(path, page_checksum_verification=True)
+    for batch in file.iter_batches(batch_size=1024):
       for row in _rows(batch):
         number += 1
         yield row

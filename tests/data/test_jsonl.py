@@ -174,6 +174,19 @@ def test_a_value_of_parquet_that_cannot_be_is_named_by_row(tmp_path):
   assert "from row 2 on: " in refusal(path)
 
 
+def test_a_page_of_parquet_that_is_not_as_written_is_refused(tmp_path):
+  path = tmp_path / "rows.parquet"
+  table = pa.table({"text": ["a story"] * 9})
+  options = {
+    "use_dictionary": False,
+    "compression": "none",
+    "write_statistics": False,
+  }
+  parquet.write_table(table, path, write_page_checksum=True, **options)
+  path.write_bytes(path.read_bytes().replace(b"a story", b"a storm", 1))
+  assert "could not verify page integrity" in refusal(path)
+
+
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
   os.mkfifo(tmp_path / "rows.jsonl")
   assert "not a regular file" in refusal(tmp_path / "rows.jsonl")
