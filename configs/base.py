@@ -28,7 +28,10 @@ def get_config() -> config_dict.ConfigDict:
   config.data.eval_split = "test"
   config.data.shuffle = True  # False: file order
   config.data.max_length = 512  # tokens of prompt and one response
-  config.data.max_prompt_length = 256  # tokens
+  config.data.max_prompt_length = 256  # tokens of a prompt that is cut
+  # When a prompt is cut, its end kept: if_needed (prompt and longest response
+  # exceed max_length), always, never (responses alone are). See docs/data.md.
+  config.data.truncate_prompts = "if_needed"
   # Tokens in a row; 0: the multiple of 128 that suits the longest pair.
   config.data.row_length = 0
   # mirrored; padded: two sequences a pair, also where a window asks for them.

@@ -109,6 +109,7 @@ def get_config(argument: str = "dpo"):
   loss = "sft" if name == "pretraining" else name
   config = base.get_config()
   config.loss.update(losses.get(loss))
+  config.data.truncate_prompts = "always"  # as where pairs are sampled
   config.model.path = MODELS.get(scale, "")
   config.log.every = 10
   if loss in (*DEMONSTRATIONS, "classifier", "ppo"):

@@ -73,9 +73,10 @@ def make_loaders(
     row_range=sharding.local_rows(mesh, microbatch_rows),
     extra_columns=objective.extra_columns,
     scored="tokens" if objective.head == "vocabulary" else "ends",
+    max_prompt_length=options["max_prompt_length"],
   )
-  train_loader = loader.Loader(
-    train_data, shuffle=options["shuffle"], **settings
+  train_loader = _make_loader(
+    options["path"], train_data, shuffle=options["shuffle"], **settings
   )
   if batch_size > train_loader.num_pairs:
     raise ValueError(
@@ -85,7 +86,17 @@ def make_loaders(
     )
   if eval_data is None:
     return train_loader, None
-  return train_loader, loader.Loader(eval_data, shuffle=False, **settings)
+  return train_loader, _make_loader(
+    options["eval_path"], eval_data, shuffle=False, **settings
+  )
+
+
+def _make_loader(path, tokens, **settings):
+  """Returns the batches of a file; a mistake of it names the file."""
+  try:
+    return loader.Loader(tokens, **settings)
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from error
 
 
 def _layout(layout, models, *data):
@@ -113,6 +124,7 @@ def _read_tokens(options, objective, tokenizer, cache_dir, path, split):
     inputs=objective.inputs,
     max_length=options["max_length"],
     max_prompt_length=options["max_prompt_length"],
+    truncate_prompts=options["truncate_prompts"],
     is_builder=jax.process_index() == 0,
     barrier=lambda: multihost_utils.sync_global_devices("tokens cached"),
   )

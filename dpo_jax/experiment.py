@@ -111,8 +111,11 @@ def build(config: ConfigDict) -> Experiment:
       lora_options, policy, load_policy, mesh, seed=config.seed
     )
   models = [model for model in (policy, reference.model) if model]
+  data = config.data.to_dict()
+  if config.loss.name == "ppo":  # all prompts leave room for samples
+    data["truncate_prompts"] = "always"
   train_loader, eval_loader = batches.make_loaders(
-    config.data.to_dict(),
+    data,
     objective,
     tokenizer,
     mesh,

@@ -103,6 +103,11 @@ def check(
         f" data.max_prompt_length={data['max_prompt_length']} and"
         f" ppo.max_new_tokens={sampling.max_new_tokens}"
       )
+  if data["truncate_prompts"] == "never":
+    raise ValueError(
+      "data.truncate_prompts='never': loss 'ppo' cuts all prompts to"
+      " data.max_prompt_length, behind which it samples"
+    )
   if reference_mode != "live":
     raise ValueError(
       f"reference.mode='{reference_mode}': loss 'ppo' allows 'live' only"

@@ -1,6 +1,7 @@
 """A user's mistake ends with status 2 and one line that names the thing."""
 
 import json
+import lzma
 import os
 import pathlib
 import subprocess
@@ -27,6 +28,18 @@ CASES = {
   "a broken json line": (
     "--config.data.path={}/broken.jsonl",
     "broken.jsonl, line 3: not JSON",
+  ),
+  "half a character": (
+    "--config.data.path={}/half.jsonl",
+    "half.jsonl, line 2: character 3 of 'x \\ud83d' is '\\ud83d', half of a",
+  ),
+  "garbage behind a compressed stream": (
+    "--config.data.path={}/garbage.jsonl.xz",
+    "garbage.jsonl.xz' cannot be read from line 5 on: ",
+  ),
+  "a tokenizer without a backend in Rust": (
+    "--config.model.tokenizer={}/bytes",
+    "tokenizer '{}/bytes' is a ByT5Tokenizer, which has no tokenizer.json",
   ),
   "a missing column": (
     "--config.data.path={}/column.jsonl",
@@ -121,11 +134,16 @@ def inputs(tmp_path_factory):
   good = [json.dumps(PAIR)] * 4
   write("good.jsonl", good)
   write("broken.jsonl", [*good[:2], good[0][:-5], good[0]])
+  half = json.dumps(PAIR | {"chosen": "x \ud83d"})
+  write("half.jsonl", [good[0], half])
+  lines = "".join(row + "\n" for row in good).encode()
+  (folder / "garbage.jsonl.xz").write_bytes(lzma.compress(lines) + b"garbage")
   partial = {k: v for k, v in PAIR.items() if k != "rejected"}
   write("column.jsonl", [good[0], json.dumps(partial)])
   write("type.jsonl", [json.dumps(PAIR | {"chosen": 7})])
   write("empty.jsonl", [])
   synthetic.make_tokenizer().save_pretrained(folder / "tokenizer")
+  transformers.ByT5Tokenizer().save_pretrained(folder / "bytes")
   words = tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a")
   transformers.PreTrainedTokenizerFast(
     tokenizer_object=tokenizers.Tokenizer(words)

@@ -65,6 +65,23 @@ def test_experts_that_a_mesh_does_not_divide_are_refused(monkeypatch, tmp_path):
     _build(monkeypatch, tmp_path, window=512, expert=2)
 
 
+def test_kto_on_one_prompt_is_refused_by_file(tmp_path):
+  config = quickstart.get_config("kto")
+  config.data.source, config.batch_size = "jsonl", 2
+  config.data.cache_dir = str(tmp_path / "cache")
+  config.model.tokenizer = str(tmp_path / "tokenizer")
+  synthetic.make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+  for name, prompts in (("path", "ab"), ("eval_path", "aa")):
+    config.data[name] = str(tmp_path / f"{name}.jsonl")
+    rows = [{"prompt": p, "response": "c", "label": True} for p in prompts]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / f"{name}.jsonl").write_text(lines)
+  message = "/eval_path.jsonl: all 2 rows have the same prompt; mismatched"
+  with pytest.raises(ValueError, match=message) as error:
+    experiment.build(config)
+  assert "\n" not in str(error.value)
+
+
 def _saved(folder, head, preset="tiny"):
   """Writes a model with this head and the quickstart's tokenizer."""
   tokenizer = synthetic.make_tokenizer()

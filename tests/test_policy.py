@@ -31,6 +31,13 @@ def policy(folder):
   return policy_lib.Policy(folder)
 
 
+def test_a_prompt_that_is_no_text_is_named(tmp_path):
+  path = tmp_path / "prompts.jsonl"
+  path.write_text('{"prompt": "a"}\n{"prompt": "b \\ud83d"}\n')
+  with pytest.raises(ValueError, match="prompts.jsonl, line 2: character 3 of"):
+    policy_lib.read_prompts("jsonl", str(path), split="")
+
+
 def test_greedy_of_a_pretrained_model_is_its_published_text(policy):
   prompts = tokenize.encode_prompts(policy.tokenizer, PROMPTS[:1])
   length = len(policy.tokenizer(STORY, add_special_tokens=False).input_ids)

@@ -85,6 +85,8 @@ def test_settings_that_cannot_be_are_refused(tmp_path):
     build(ppo__reward="")
   with pytest.raises(ValueError, match="minibatches=3: must divide batch_size"):
     build(ppo__minibatches=3)
+  with pytest.raises(ValueError, match="truncate_prompts='never': loss 'ppo'"):
+    build(data__truncate_prompts="never")
   with pytest.raises(ValueError, match="data.max_length=20: must hold"):
     build(data__max_length=20)
   with pytest.raises(ValueError, match="loss 'ppo' allows 'live' only"):

@@ -39,6 +39,7 @@ KINDS = {
     f"data.max{part}_length": schema.integer(0, schema.MAX_INDEX)
     for part in ("", "_prompt")
   },
+  "data.truncate_prompts": schema.STRING,
   "loss.beta": schema.NUMBER,
   "checkpoint.metric": schema.STRING,
   "reference.mode": schema.STRING,

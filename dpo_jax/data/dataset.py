@@ -20,7 +20,7 @@ import pyarrow as pa
 from absl import logging
 
 from dpo_jax import caches, endings, schema
-from dpo_jax.data import examples, tokenize
+from dpo_jax.data import examples, tokenize, truncation
 from dpo_jax.data.packing import PairTokens, Ragged
 
 # To be raised with any change of what a row is tokenised to.
@@ -124,10 +124,9 @@ def load(
   split: str,
   tokenizer: tokenize.Tokenizer,
   inputs: str,
-  max_length: int,
-  max_prompt_length: int,
   is_builder: bool = True,
   barrier: Callable[[], None] = lambda: None,
+  **lengths: Any,
 ) -> TokenDataset:
   """Returns the tokens of a data set, from its cache, built where missing.
 
@@ -138,20 +137,17 @@ def load(
     split: which part of it.
     tokenizer: of `tokenize.load_tokenizer`.
     inputs: one of `examples.INPUTS`.
-    max_length: tokens in prompt and response together.
-    max_prompt_length: tokens in a prompt.
     is_builder: whether this process of the run builds; exactly one must.
       Of several runs one builds, and the others wait for it.
     barrier: called once by every process; returns when all have called it.
+    **lengths: the fields of `truncation.Limits`.
 
   Raises:
-    ValueError: the data cannot be read, or no row of it is kept.
+    ValueError: a length is out of range, the data cannot be read, or no row of
+      it is kept.
   """
-  settings = {
-    "inputs": inputs,
-    "max_length": max_length,
-    "max_prompt_length": max_prompt_length,
-  }
+  limits = truncation.Limits(**lengths)
+  settings = {"inputs": inputs} | dataclasses.asdict(limits)
   dataset = None
   try:
     key = [

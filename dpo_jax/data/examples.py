@@ -40,7 +40,6 @@ example as text: evaluations count by it. Other columns are not looked at.
 
 import hashlib
 import json
-import math
 import numbers
 import os
 from collections.abc import Iterator
@@ -76,6 +75,7 @@ INPUTS = (
 )
 PROMPTS_DIFFER = "prompts differ"
 NOT_ABOVE = "chosen scores no higher than rejected"
+MAX_SCORE = 1e38  # differences are finite as float32
 MIN_SCORE_GAP = 1e-30  # still a float32 above 0, which is what batches hold
 
 Text = str | list[dict[str, Any]] | dict[str, list[dict[str, Any]]]
@@ -382,14 +382,14 @@ def _get_tools(value: Any, where: str) -> list[dict[str, Any]]:
 
 
 def _get_number(row: dict, name: str, where: str) -> float:
-  """Returns a column, checked to be a finite number."""
+  """Returns a column, checked to be a number of at most `MAX_SCORE`."""
   if name not in row:
     raise ValueError(
       f"{where}: no column {name!r}; columns: {', '.join(row) or 'none'}"
     )
   value = row[name]
   is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-  if not is_number or not math.isfinite(value):
+  if not is_number or not abs(value) <= MAX_SCORE:
     raise ValueError(
       f"{where}: column {name!r} is {_kind(value)}; allowed: a finite number"
     )

@@ -12,9 +12,13 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from dpo_jax import schema
+from dpo_jax.data import xz
 
-OPENERS = {".jsonl": open, ".jsonl.gz": gzip.open, ".jsonl.xz": lzma.open}
+OPENERS = {".jsonl": open, ".jsonl.gz": gzip.open, ".jsonl.xz": xz.open_text}
 EXTENSIONS = (*OPENERS, ".parquet")
+MAX_DEPTH = 100  # lists and objects in each other, few for a call stack
+
+_TOO_DEEP = f"more than {MAX_DEPTH} lists or objects in each other"
 
 
 def read(path: str, split: str) -> Iterator[dict]:
@@ -25,8 +29,8 @@ def read(path: str, split: str) -> Iterator[dict]:
     split: not looked at, a file is one split.
 
   Raises:
-    ValueError: no such file, an unknown extension, or a line that is not a
-      JSON object.
+    ValueError: no such file, an unknown extension, a damaged file, or a row
+      that is not a JSON object of text.
   """
   del split
   extension = find_extension(path)
@@ -42,14 +46,21 @@ def find_extension(path: str) -> str:
   Raises:
     ValueError: no such file, or none of them.
   """
-  if not os.path.exists(path):
-    raise ValueError(f"no such file: {path!r}")
-  schema.check_regular(path)
+  check_file(path)
   for extension in EXTENSIONS:
     if path.endswith(extension):
       return extension
   allowed = ", ".join(EXTENSIONS)
   raise ValueError(f"{path!r} cannot be read; allowed: a file *{allowed}")
+
+
+def check_file(path: str) -> None:
+  """Raises ValueError where there is no regular file: a pipe has no end."""
+  if not os.path.exists(path):
+    raise ValueError(f"no such file: {path!r}")
+  if os.path.isdir(path):
+    raise ValueError(f"{path!r} cannot be read: it is a folder")
+  schema.check_file(path)
 
 
 def _read_lines(path: str, extension: str) -> Iterator[dict]:
@@ -61,18 +72,61 @@ def _read_lines(path: str, extension: str) -> Iterator[dict]:
       continue
     if empty:
       raise ValueError(f"{path}, line {empty}: empty; allowed: a JSON object")
-    try:
-      row = json.loads(line.strip())
-    except json.JSONDecodeError as error:
-      raise ValueError(
-        f"{path}, line {number}: not JSON ({error.msg} at character"
-        f" {error.pos + 1}); allowed: a JSON object"
-      ) from error
+    row = parse(line.strip(), f"{path}, line {number}")
     if not isinstance(row, dict):
       raise ValueError(
         f"{path}, line {number}: {line.strip()[:40]!r}; allowed: a JSON object"
       )
     yield row
+
+
+def parse(text: str, where: str) -> Any:
+  """Returns the value of a JSON text, which is all text and not too deep.
+
+  Args:
+    text: the JSON.
+    where: begins what is said of a mistake.
+
+  Raises:
+    ValueError: no JSON, an integer of thousands of digits, more than
+      `MAX_DEPTH` lists and objects within each other, or a string that is no
+      text: JSON can name half of a character ("\\ud83d").
+  """
+  try:
+    value = json.loads(text)
+  except json.JSONDecodeError as error:
+    raise ValueError(
+      f"{where}: not JSON ({error.msg} at character {error.pos + 1}); allowed:"
+      " a JSON object"
+    ) from error
+  except RecursionError as error:
+    raise ValueError(f"{where}: {_TOO_DEEP}") from error
+  except ValueError as error:
+    reason = str(error).split(";")[0]
+    raise ValueError(f"{where}: cannot be read: {reason}") from error
+  # Only what can be wrong is looked through.
+  if "\\u" in text or text.count("[") + text.count("{") > MAX_DEPTH:
+    _check_value(value, where, MAX_DEPTH)
+  return value
+
+
+def _check_value(value: Any, where: str, depth: int) -> None:
+  """Raises ValueError for a value that is too deep, or holds no text."""
+  if isinstance(value, str):
+    try:
+      value.encode()
+    except UnicodeEncodeError as error:
+      raise ValueError(
+        f"{where}: character {error.start + 1} of {value[:40]!r} is"
+        f" {value[error.start]!r}, half of a surrogate pair; allowed: Unicode"
+        " text"
+      ) from error
+  elif isinstance(value, dict | list):
+    if not depth:
+      raise ValueError(f"{where}: {_TOO_DEEP}")
+    parts = value if isinstance(value, list) else [*value, *value.values()]
+    for part in parts:
+      _check_value(part, where, depth - 1)
 
 
 def lines(path: str, opener: Callable, **options: Any) -> Iterator[str]:
@@ -84,21 +138,56 @@ def lines(path: str, opener: Callable, **options: Any) -> Iterator[str]:
     **options: of it.
 
   Raises:
-    ValueError: it cannot be read.
+    ValueError: it cannot be read, or a line is not UTF-8.
   """
   schema.check_regular(path)
-  damaged = (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error)
+  options |= {"encoding": "utf-8", "errors": "surrogateescape"}
+  number = 0
   try:
-    with opener(path, "rt", encoding="utf-8", **options) as file:
-      yield from file
-  except damaged as error:
-    raise ValueError(f"{path!r} cannot be read: {error}") from error
+    with opener(path, "rt", **options) as file:
+      for number, line in enumerate(file, 1):
+        if not line.isascii():
+          _check_utf8(line, f"{path}, line {number}")
+        yield line
+  except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+    raise ValueError(_unreadable(path, "line", number, error)) from error
+
+
+def _check_utf8(line: str, where: str) -> None:
+  """Raises ValueError where a byte was no part of a character."""
+  try:
+    line.encode()
+  except UnicodeEncodeError as error:
+    byte = ord(line[error.start]) & 0xFF
+    raise ValueError(
+      f"{where}: cannot be read: byte 0x{byte:02x} behind character"
+      f" {error.start} is not UTF-8"
+    ) from error
+
+
+def _unreadable(path: str, kind: str, number: int, error: Exception) -> str:
+  """Returns what to say where reading ends behind row or line `number`."""
+  since = f" from {kind} {number + 1} on" if number else ""
+  reason = (str(error) or type(error).__name__).splitlines()[0]
+  return f"{path!r} cannot be read{since}: {reason}"
 
 
 def _read_parquet(path: str) -> Iterator[dict]:
+  number = 0
   try:
-    for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):
-      yield from batch.to_pylist()
-  except (OSError, pa.ArrowException) as error:
-    reason = str(error).splitlines()[0]
-    raise ValueError(f"{path!r} cannot be read: {reason}") from error
+    file = parquet.ParquetFile(path, page_checksum_verification=True)
+    for batch in file.iter_batches(batch_size=1024):
+      for row in _rows(batch):
+        number += 1
+        yield row
+  except (OSError, ValueError, OverflowError, pa.ArrowException) as error:
+    raise ValueError(_unreadable(path, "row", number, error)) from error
+
+
+def _rows(batch: pa.RecordBatch) -> Iterator[dict]:
+  """Yields the rows up to the first that has a value which cannot be."""
+  try:
+    yield from batch.to_pylist()
+  except (ValueError, OverflowError):  # bytes that are no text, say
+    for place in range(len(batch)):
+      yield from batch.slice(place, 1).to_pylist()

@@ -13,7 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from dpo_jax.data import packing
+from dpo_jax.data import mismatch, packing
 from dpo_jax.types import Batch, Rows
 
 T = TypeVar("T")
@@ -82,10 +82,9 @@ class Loader:
   only its own rows, so that any number of processes sees one global batch.
 
   Beside the responses a pair can have columns of its own for
-    mismatched  the response to another prompt, of the first pair that has one
-                from half the dataset away on, behind this prompt, in rows of
-                its own; of pairs, the chosen and the rejected in turns. Cut so
-                that no sequence is longer than the dataset's longest
+    mismatched  a response to another prompt (see `mismatch`), behind this
+                prompt, in rows of its own. Cut so that no sequence is longer
+                than the dataset's longest
     prompt      the prompt's tokens from the second on, where they stand
   """
 
@@ -102,6 +101,7 @@ class Loader:
     row_range: tuple[int, int] | None = None,
     extra_columns: tuple[str, ...] = (),
     scored: str = "tokens",
+    max_prompt_length: int = 0,
   ):
     """Checks that every pair of the dataset can be placed.
 
@@ -118,6 +118,8 @@ class Loader:
       extra_columns: what is scored beside the responses, in this order; no
         column comes after `prompt`.
       scored: one of `packing.SCORED`.
+      max_prompt_length: tokens to which some prompts may have been cut, of
+        which a mismatched response looks at no others; 0: none were.
 
     Raises:
       ValueError: a number out of range, an unknown layout, a row length that
@@ -126,6 +128,7 @@ class Loader:
     """
     self.dataset = dataset
     self.reference_logps: np.ndarray | None = None  # f32[n,C]
+    self.mismatched: tuple[np.ndarray, ...] = ()  # of `mismatch.find`
     self.num_pairs = len(dataset.lengths)
     self.batch_size = batch_size
     self.microbatch_rows = microbatch_rows
@@ -139,7 +142,8 @@ class Loader:
     self._num_responses = dataset.lengths.shape[1] - 1
     self._lengths = dataset.lengths
     if MISMATCHED in extra_columns:
-      self._partner, self._partner_column, lengths = _mismatch(dataset)
+      self.mismatched = mismatch.find(dataset, max_prompt_length)
+      self._partner, self._partner_column, lengths = self.mismatched
       self._lengths = np.column_stack([dataset.lengths, lengths])
     spans = packing.span_lengths(dataset.lengths, layout)
     self.row_length = row_length or choose_row_length(
@@ -366,50 +370,6 @@ class Loader:
     slots = np.zeros((self.batch_size, *values.shape[1:]), values.dtype)
     slots[: len(values)] = values
     return slots
-
-
-def _mismatch(
-  dataset: Dataset,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Returns each pair's partner, which response of it, and how much of that.
-
-  The partner is the first pair with another prompt from half the dataset away
-  on, as pairs of one prompt often stand side by side.
-
-  Raises:
-    ValueError: all pairs have the same prompt.
-  """
-  prompt, chosen, rejected = dataset.lengths.T
-  names = _prompt_names(dataset)
-  # From each pair, cyclically, the first one whose prompt is not its own.
-  twice = np.concatenate([names, names])
-  changes = np.flatnonzero(twice[1:] != twice[:-1]) + 1
-  if not len(changes):
-    raise ValueError(
-      f"all {len(names)} pairs have one prompt: a mismatched response needs"
-      " the response to another"
-    )
-  index = np.arange(len(names))
-  partner = np.roll(index, -(len(names) // 2))
-  other = changes[np.searchsorted(changes, partner, side="right")] % len(names)
-  partner = np.where(names[partner] == names, other, partner)
-  is_rejected = np.where((chosen > 0) & (rejected > 0), index % 2, rejected > 0)
-  longest = (prompt + np.maximum(chosen, rejected)).max()
-  theirs = np.where(is_rejected, rejected, chosen)[partner]
-  column = is_rejected[partner].astype(np.int64)
-  return partner, column, np.minimum(theirs, longest - prompt)
-
-
-def _prompt_names(dataset: Dataset) -> np.ndarray:
-  """Returns i64[n], equal for the pairs whose prompts are equal."""
-  names: dict[bytes, int] = {}
-  found = []
-  for first in range(0, len(dataset.lengths), PROMPT_CHUNK):
-    last = min(first + PROMPT_CHUNK, len(dataset.lengths))
-    prompts = dataset.take(np.arange(first, last)).prompt
-    for tokens in np.split(prompts.values, prompts.offsets[1:-1]):
-      found.append(names.setdefault(tokens.tobytes(), len(names)))
-  return np.array(found)
 
 
 class Prefetch(Generic[T]):

@@ -29,13 +29,11 @@ all of one split.
 
 import csv
 import gzip
-import lzma
-import os
 import zlib
 from collections.abc import Iterator
 from typing import Any
 
-from dpo_jax.data import jsonl
+from dpo_jax.data import jsonl, xz
 
 TEST_SHARE = 20
 SPLITS = ("train", "test", "all")
@@ -43,7 +41,7 @@ NO_PREFERENCE = "no judge's preference"
 NO_SUMMARY = "no summary that can be told from the post"
 NO_POST = "nothing is left of the post without its summary"
 
-_CSV_OPENERS = {".csv": open, ".csv.gz": gzip.open, ".csv.xz": lzma.open}
+_CSV_OPENERS = {".csv": open, ".csv.gz": gzip.open, ".csv.xz": xz.open_text}
 _SUMMARIES = {
   "ours": "postprocessed_response",
   "reference": "reference_responses",
@@ -119,14 +117,15 @@ def _make_demonstration(row: dict, where: str) -> dict[str, str]:
 
 
 def _read_judged(path: str, opener) -> Iterator[dict[str, str]]:
-  if not os.path.exists(path):
-    raise ValueError(f"no such file: {path!r}")
+  jsonl.check_file(path)
+  rows = csv.DictReader(jsonl.lines(path, opener, newline=""), strict=True)
   try:
-    rows = csv.DictReader(jsonl.lines(path, opener, newline=""), strict=True)
     for number, row in enumerate(rows, 1):
       yield _make_pair(row, f"{path}, row {number}")
   except csv.Error as error:
-    raise ValueError(f"{path!r} cannot be read: {error}") from error
+    raise ValueError(
+      f"{path!r} cannot be read from line {rows.line_num + 1} on: {error}"
+    ) from error
 
 
 def _make_pair(row: dict, where: str) -> dict[str, str]:

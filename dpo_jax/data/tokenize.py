@@ -17,12 +17,21 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import transformers
 
 from dpo_jax import endings, schema
-from dpo_jax.data import chat, continuation, cuts, examples, token_ids
+from dpo_jax.data import (
+  chat,
+  continuation,
+  cuts,
+  examples,
+  quiet,
+  token_ids,
+  truncation,
+)
 from dpo_jax.data.packing import PairTokens, Ragged
 
 CHUNK_ROWS = 1024  # rows that are given to the tokenizer at once
@@ -80,8 +89,9 @@ def load_tokenizer(path: str, vocab_size: int | None = None) -> Tokenizer:
     vocab_size: of the model that reads its ids; see `token_ids.check`.
 
   Raises:
-    ValueError: no tokenizer there, or none with an end-of-sequence token, or
-      one of another model.
+    ValueError: no tokenizer there that is whole, none with a backend of
+      `tokenizers` and an end-of-sequence token, or one of another model. No
+      code of a folder is run.
   """
   schema.check_regular(path)
   for pattern in ("*", "additional_chat_templates/*"):
@@ -91,20 +101,39 @@ def load_tokenizer(path: str, vocab_size: int | None = None) -> Tokenizer:
   if is_local and not os.path.exists(path):
     raise ValueError(f"no such tokenizer: {path!r}")
   try:
-    if os.path.isfile(path):
-      tokenizer = _load_file(path)
-    else:
-      tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-  except Exception as error:  # `tokenizers` raises bare Exceptions
+    with quiet.held_back_stderr():
+      tokenizer = (
+        _load_file(path)
+        if os.path.isfile(path)
+        else transformers.AutoTokenizer.from_pretrained(
+          path, trust_remote_code=False
+        )
+      )
+      tokenizer("")  # some are found to be broken when they are first used
+  except (KeyboardInterrupt, SystemExit):
+    raise
+  except BaseException as error:  # `tokenizers` raises such where it panics
     reason = " ".join(str(error).split())
+    if "trust_remote_code" in reason:
+      reason = "its class is code of its own, which is never run"
     raise ValueError(
       f"no tokenizer at {path!r}: {reason}; allowed: a folder, a tokenizers"
       " file, or a hub name"
     ) from error
-  if tokenizer.eos_token_id is None:
+  if not isinstance(tokenizer, transformers.PreTrainedTokenizerFast):
+    raise ValueError(
+      f"tokenizer {path!r} is a {type(tokenizer).__name__}, which has no"
+      " tokenizer.json; allowed: one with a backend of the package tokenizers"
+    )
+  if not tokenizer.eos_token or tokenizer.eos_token_id is None:
     raise ValueError(
       f"tokenizer {path!r} has no end-of-sequence token; it must name one"
       " as eos_token"
+    )
+  template = tokenizer.chat_template
+  if not isinstance(template, str | dict | None):
+    raise ValueError(
+      f"tokenizer {path!r}: chat_template={template!r}; allowed: a text"
     )
   if vocab_size is not None:
     token_ids.check(tokenizer, vocab_size)
@@ -149,15 +178,13 @@ def tokenize(
   tokenizer: Tokenizer,
   *,
   inputs: str,
-  max_length: int,
-  max_prompt_length: int,
   where: Callable[[int], str] = "row {}".format,
+  **lengths: Any,
 ) -> tuple[PairTokens, Report]:
   """Returns the tokens of the rows that are kept, and what became of all.
 
-  Prompts lose tokens from the left, down to `max_prompt_length`; then
-  responses from the right, until prompt and response hold `max_length`. A pair
-  with a response that is lost whole is dropped.
+  Rows are cut as `truncation` says. One whose responses are lost whole is
+  dropped.
 
   Args:
     rows: examples, as `examples.read` yields them.
@@ -165,27 +192,21 @@ def tokenize(
     inputs: one of `examples.INPUTS`. The response of a demonstration stands
       in the column of chosen ones, one that is labelled by itself in that of
       chosen or rejected; a list's responses have columns of their own.
-    max_length: tokens in prompt and response together, at least 1.
-    max_prompt_length: tokens in a prompt, at least 1.
     where: returns the place of a row, counted from 1, for an error.
+    **lengths: the fields of `truncation.Limits`.
 
   Raises:
     ValueError: a length out of range, or messages that the tokenizer's chat
       template cannot write.
   """
-  for name, value in (
-    ("max_length", max_length),
-    ("max_prompt_length", max_prompt_length),
-  ):
-    if value < 1:
-      raise ValueError(f"{name}={value}: must be at least 1")
+  limits = truncation.Limits(**lengths)
   report = Report()
   columns = [_Lists(), _Lists(), _Lists()]
   score_gaps = array.array("f")
   rows = iter(rows)
   while chunk := list(itertools.islice(rows, CHUNK_ROWS)):
     for row, lists in _tokenize_chunk(chunk, tokenizer, report, where):
-      kept = _truncate(lists, max_length, max_prompt_length, report)
+      kept = _truncate(lists, limits, report)
       if kept:
         while len(columns) < len(kept):  # a list longer than those before it
           columns.append(_Lists.of_empty(report.kept - 1))
@@ -336,22 +357,20 @@ def _responses(row: dict) -> list[examples.Text | None]:
 
 
 def _truncate(
-  lists: tuple[list[int], ...],
-  max_length: int,
-  max_prompt_length: int,
-  report: Report,
+  lists: tuple[list[int], ...], limits: truncation.Limits, report: Report
 ) -> tuple[list[int], ...] | None:
   """Returns prompt and responses cut to length; None when dropped."""
   prompt, *responses = lists
-  kept_prompt = prompt[-max_prompt_length:]
-  room = max_length - len(kept_prompt)
-  if room <= 0:
+  found = limits.cut(prompt, responses)
+  if found is None:
     report.drop("no room for a response")
     return None
-  kept = [response[:room] for response in responses]
+  kept_prompt, kept = found
   report.kept += 1
-  report.truncated_prompts += len(prompt) > max_prompt_length
-  report.truncated_responses += sum(len(x) > room for x in responses)
+  report.truncated_prompts += len(kept_prompt) < len(prompt)
+  report.truncated_responses += sum(
+    len(x) < len(whole) for x, whole in zip(kept, responses, strict=True)
+  )
   present = [tuple(tokens) for tokens in kept if tokens]
   report.identical += len(set(present)) < len(present)
   return kept_prompt, *kept

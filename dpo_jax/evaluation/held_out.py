@@ -11,7 +11,14 @@ import numpy as np
 
 from dpo_jax import sharding
 from dpo_jax.checkpoints import run_folder, source
-from dpo_jax.data import dataset, examples, loader, packing, tokenize
+from dpo_jax.data import (
+  dataset,
+  examples,
+  loader,
+  packing,
+  tokenize,
+  truncation,
+)
 from dpo_jax.evaluation import preference_report
 from dpo_jax.losses import objectives
 from dpo_jax.models import transformer
@@ -31,7 +38,8 @@ class Settings:
     reference: the same of what it is compared with.
     beta: scales log-ratios to rewards, above 0.
     max_length: tokens of prompt and one response.
-    max_prompt_length: tokens.
+    max_prompt_length: tokens of a prompt that is cut.
+    truncate_prompts: when it is; one of `truncation.RULES`.
     dtype: of matmuls.
   """
 
@@ -40,6 +48,7 @@ class Settings:
   beta: float
   max_length: int
   max_prompt_length: int
+  truncate_prompts: str
   dtype: str
 
 
@@ -61,16 +70,16 @@ def make_settings(path: str, *, dtype: str = "auto", **given: Any) -> Settings:
   defaults: dict[str, Any] = {
     "max_length": 512,
     "max_prompt_length": 256,
+    "truncate_prompts": "if_needed",
   }
   run, _ = source.split_step(path)
   file = pathlib.Path(run) / "config.json"
   if source.is_run(run) and file.exists():
-    lengths = [f"data.{name}" for name in defaults]
-    config = run_folder.read_config(run, lengths)
-    defaults = dict(zip(defaults, map(config.get, lengths), strict=True)) | {
+    config = run_folder.read_config(run, truncation.NEEDED)
+    defaults = {
       "reference": _reference_of(config),
       "beta": config.get("loss.beta"),
-    }
+    } | truncation.of_run(config)
   settings = defaults | {k: v for k, v in given.items() if v is not None}
   for name in ("reference", "beta"):
     if not settings.get(name):
@@ -161,6 +170,7 @@ def _tokenize(rows, path, tokenizer, settings):
       inputs="pairs",
       max_length=settings.max_length,
       max_prompt_length=settings.max_prompt_length,
+      truncate_prompts=settings.truncate_prompts,
       where=lambda _, number=number: examples.where(path, number),
     )
     dropped.update(report.dropped)

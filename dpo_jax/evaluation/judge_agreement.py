@@ -8,14 +8,13 @@ import collections
 import dataclasses
 import itertools
 import json
-import lzma
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from dpo_jax import markdown, schema
-from dpo_jax.data import jsonl
+from dpo_jax import markdown
+from dpo_jax.data import jsonl, xz
 from dpo_jax.evaluation import intervals, judges, win_rate_report
 from dpo_jax.evaluation.judges import Comparison, Decision
 
@@ -246,17 +245,13 @@ def _record(row: Labelled, decision: Decision) -> dict[str, Any]:
 
 def _rows(path: str) -> Iterator[dict]:
   """Yields the rows of a file."""
-  openers = {".json": open, ".json.xz": lzma.open}
+  openers = {".json": open, ".json.xz": xz.open_text}
   opener = next((openers[x] for x in openers if path.endswith(x)), None)
   if opener is None:
     yield from jsonl.read(path, "test")
     return
-  schema.check_regular(path)
-  try:
-    with opener(path, "rt", encoding="utf-8") as file:
-      rows = json.load(file)
-  except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
-    raise ValueError(f"{path!r} cannot be read: {error}") from error
+  text = "".join(jsonl.lines(path, opener))
+  rows = jsonl.parse(text, repr(path))
   if not isinstance(rows, list) or not all(isinstance(x, dict) for x in rows):
     raise ValueError(f"{path!r}: must be a JSON array of objects")
   yield from rows

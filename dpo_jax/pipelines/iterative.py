@@ -243,6 +243,8 @@ def _round_config(config, settings, policy, pairs) -> ConfigDict:
   config.model.preset, config.model.path = "", policy
   config.data.source, config.data.path = "jsonl", pairs
   config.data.eval_path = ""
+  # As they were when sampled from.
+  config.data.truncate_prompts = "always"
   if settings.reference == "first":
     config.reference.path = settings.policy
   return config

@@ -156,6 +156,8 @@ class _Experiment:
     config.data.path = str(self.folder / kind / "train.jsonl")
     config.data.eval_path = str(self.folder / kind / "held_out.jsonl")
     config.data.cache_dir = str(self.folder / "cache")
+    if kind == "pairs":  # half of their responses are sampled so
+      config.data.truncate_prompts = "always"
     if not is_sft:
       config.model.path = str(self.folder / "sft")
     elif self.model:

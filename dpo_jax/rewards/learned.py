@@ -3,13 +3,14 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from dpo_jax import sharding
 from dpo_jax.checkpoints import run_folder, source
-from dpo_jax.data import dataset, loader, packing, tokenize
+from dpo_jax.data import dataset, loader, packing, tokenize, truncation
 from dpo_jax.losses import objectives
 from dpo_jax.models import config as model_config
 from dpo_jax.models import transformer
@@ -75,9 +76,9 @@ def load(
       f"output='probability': {path!r} is a reward model, of whose scores only"
       " differences count; allowed: logit, or a classifier"
     )
-  lengths = _run_lengths(path) or (MAX_LENGTH, MAX_PROMPT_LENGTH)
-  max_length = max_length or lengths[0]
-  max_prompt_length = max_prompt_length or lengths[1]
+  lengths = _run_lengths(path)
+  max_length = max_length or lengths["max_length"]
+  max_prompt_length = max_prompt_length or lengths["max_prompt_length"]
   if max_length < 2 or max_prompt_length < 1:
     raise ValueError(
       f"max_length={max_length}, max_prompt_length={max_prompt_length}: must be"
@@ -95,22 +96,21 @@ def load(
     opened,
     config,
     output=output,
-    max_length=max_length,
-    max_prompt_length=min(max_prompt_length, max_length - 1),
+    limits=truncation.Limits(
+      max_length,
+      min(max_prompt_length, max_length - 1),
+      lengths["truncate_prompts"],
+    ),
     with_eos=with_eos,
   )
 
 
-def _run_lengths(path: str) -> tuple[int, int] | None:
-  """Returns the lengths that a run cut its data to; None where it is none.
-
-  Tokens in all, and of a prompt.
-  """
+def _run_lengths(path: str) -> dict[str, Any]:
+  """Returns the fields of `truncation.Limits` of a run's data, or defaults."""
   if not source.is_run(path):
-    return None
-  keys = ["data.max_length", "data.max_prompt_length"]
-  settings = run_folder.read_config(path, keys)
-  return tuple(settings[key] for key in keys)
+    limits = truncation.Limits(MAX_LENGTH, MAX_PROMPT_LENGTH)
+    return dataclasses.asdict(limits)
+  return truncation.of_run(run_folder.read_config(path, truncation.NEEDED))
 
 
 class Learned:
@@ -122,15 +122,13 @@ class Learned:
     config: model_config.ModelConfig,
     *,
     output: str,
-    max_length: int,
-    max_prompt_length: int,
+    limits: truncation.Limits,
     with_eos: bool,
   ):
     """Reads the weights; see `load`, which checks the arguments."""
     self.config = config
     self._output = output
-    self._max_length = max_length
-    self._max_prompt_length = max_prompt_length
+    self._limits = limits
     self._with_eos = with_eos
     self._tokenizer = tokenize.load_tokenizer(
       opened.tokenizer, opened.config.vocab_size
@@ -155,9 +153,9 @@ class Learned:
     """Returns f32[n], the score of each response behind its prompt.
 
     Where `ended` says that a response was cut, no EOS follows it, unless it has
-    no token else. By default all ended. Tokens are those of training: prompts
-    cut from the left, responses from the right. What else is asked for in the
-    same call changes a score by rounding at most.
+    no token else. By default all ended. Tokens are those of training, cut to
+    its lengths. What else is asked for in the same call changes a score by
+    rounding at most.
 
     Raises:
       ValueError: lists of different lengths, or a response without a token.
@@ -193,17 +191,23 @@ class Learned:
     )
     if self._with_eos:
       answers = [ids or [self._tokenizer.eos_token_id] for ids in answers]
-    kept = [ids[-self._max_prompt_length :] for ids in encoded]
-    cut = [
-      ids[: self._max_length - len(prompt)]
-      for prompt, ids in zip(kept, answers, strict=True)
-    ]
-    if not all(cut):
+    if not all(answers):
       raise ValueError(
-        f"response {cut.index([])} is empty: must hold a token or more, as it"
-        " is read without an EOS"
+        f"response {answers.index([])} is empty: must hold a token or more, as"
+        " it is read without an EOS"
       )
-    return kept, cut
+    rows = [
+      self._limits.cut(prompt, [ids])
+      for prompt, ids in zip(encoded, answers, strict=True)
+    ]
+    if None in rows:
+      place = rows.index(None)
+      raise ValueError(
+        f"prompt {place} has {len(encoded[place])} tokens: must leave room for"
+        f" a response in max_length={self._limits.max_length}, as the model's"
+        " run cut no prompts"
+      )
+    return [prompt for prompt, _ in rows], [ids for _, (ids,) in rows]
 
   def _batches(self, prompts, responses) -> loader.Loader:
     tokens = dataset.TokenDataset.from_lists(
@@ -216,7 +220,7 @@ class Learned:
       tokens,
       batch_size=BATCH_SIZE,
       # Always the same, so that few shapes are compiled.
-      row_length=128 * math.ceil(self._max_length / 128),
+      row_length=128 * math.ceil(self._limits.max_length / 128),
       microbatch_rows=SHARD_ROWS * sharding.num_row_shards(self._mesh),
       layout=layout,
       scored="ends",

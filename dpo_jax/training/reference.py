@@ -232,7 +232,8 @@ def cache_key(
     settings += batches.placement
   dataset = batches.dataset
   digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-  digest.update(np.ascontiguousarray(dataset.lengths))
+  for values in (dataset.lengths, *batches.mismatched):
+    digest.update(np.ascontiguousarray(values))
   for first in range(0, len(dataset.lengths), _HASHED_PAIRS):
     last = min(first + _HASHED_PAIRS, len(dataset.lengths))
     tokens = dataset.take(np.arange(first, last))

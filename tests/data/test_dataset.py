@@ -126,6 +126,7 @@ def test_cached_tokens_are_memory_mapped(load):
     {"rows": PAIRS[:4]},
     {"max_length": 98},
     {"max_prompt_length": 49},
+    {"truncate_prompts": "always"},
     {"inputs": "demonstrations"},
     {"source": "hub"},
   ],

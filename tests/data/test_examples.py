@@ -257,6 +257,14 @@ def test_a_scored_pair_has_the_difference_of_its_scores(read):
       {"chosen_score": 1, "rejected_score": True},
       "line 1: column 'rejected_score' is bool (true); allowed: a finite",
     ),
+    (
+      {"chosen_score": 10**400, "rejected_score": 0},
+      "line 1: column 'chosen_score' is int (1000000000",
+    ),
+    (
+      {"chosen_score": 0, "rejected_score": -1e300},
+      "line 1: column 'rejected_score' is float (-1e+300); allowed: a finite",
+    ),
   ],
 )
 def test_a_score_that_is_no_number_is_refused(scores, message, read):

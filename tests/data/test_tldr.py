@@ -118,6 +118,12 @@ def test_bad_rows_and_files_are_refused(write_lines, write_judged, tmp_path):
     read(path, inputs="pairs")
   with pytest.raises(ValueError, match="no such file: '.*none.csv'"):
     read(tmp_path / "none.csv", inputs="pairs")
+  path.write_bytes(b'preferred\n""\n\xff\n')
+  with pytest.raises(ValueError, match="other.csv, line 3: .* byte 0xff"):
+    list(tldr.read(str(path), ""))
+  path.write_text('preferred\n""\n"not ended\n\n')
+  with pytest.raises(ValueError, match="other.csv' cannot be read from line 3"):
+    list(tldr.read(str(path), ""))
   path = tmp_path / "broken.csv.xz"
   path.write_bytes(b"no xz")
   with pytest.raises(ValueError, match="broken.csv.xz' cannot be read"):

@@ -6,6 +6,7 @@ import resource
 import hypothesis
 import numpy as np
 import pytest
+import transformers
 from hypothesis import strategies as st
 
 from dpo_jax.data import tokenize
@@ -89,9 +90,16 @@ def test_demonstrations_stand_in_chosen(tokenizer):
 
 def test_prompt_is_cut_on_the_left_exactly_at_the_limit(tokenizer):
   rows = [pair("abc", "c", "r"), pair("abcd", "c", "r")]
-  texts, report = run(rows, tokenizer, max_prompt_length=3)
+  texts, report = run(rows, tokenizer, max_length=5, max_prompt_length=3)
   assert [text[0] for text in texts] == ["abc", "bcd"]
   assert report.truncated_prompts == 1
+
+
+def test_a_prompt_that_fits_with_its_response_is_not_cut(tokenizer):
+  rows = [pair("abcd", "c", ""), pair("abcd", "c", "r!")]
+  texts, report = run(rows, tokenizer, max_length=6, max_prompt_length=3)
+  assert texts == [("abcd", "c</s>", "</s>"), ("bcd", "c</s>", "r!</s>")]
+  assert (report.truncated_prompts, report.truncated_responses) == (1, 0)
 
 
 def test_responses_are_cut_on_the_right_exactly_at_the_limit(tokenizer):
@@ -161,7 +169,7 @@ def test_lengths_never_pass_the_limits(tokenizer, rows, longest, prompt_limit):
   prompt, chosen, rejected = (
     np.diff(column.offsets) for column in (tokens.prompt, *tokens.responses)
   )
-  assert ((prompt >= 1) & (prompt <= prompt_limit)).all()
+  assert (prompt >= 1).all()
   for response in (chosen, rejected):
     assert ((response >= 1) & (prompt + response <= longest)).all()
   assert report.kept == len(prompt)
@@ -297,6 +305,76 @@ def test_tokenizer_that_cannot_be_used_is_refused(make_tokenizer, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
       tokenize.load_tokenizer(str(path))
     assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_without_a_backend_in_rust_is_refused(tmp_path):
+  transformers.ByT5Tokenizer().save_pretrained(tmp_path)
+  message = "is a ByT5Tokenizer, which has no tokenizer.json; allowed: one with"
+  with pytest.raises(ValueError, match=message):
+    tokenize.load_tokenizer(str(tmp_path))
+
+
+def _settings(**changes):
+  return lambda values: values | changes
+
+
+@pytest.mark.parametrize(
+  "name, change, message",
+  [
+    # Panics in Rust.
+    (
+      "tokenizer.json",
+      _settings(normalizer={"type": "Precompiled", "precompiled_charsmap": ""}),
+      "Precompiled",
+    ),
+    (
+      "tokenizer.json",
+      _settings(model={"type": "BPE", "vocab": {"a": 0}, "merges": ["a a"]}),
+      "no tokenizer at",
+    ),
+    ("tokenizer.json", lambda values: [values], "no tokenizer at"),
+    ("tokenizer_config.json", lambda values: [values], "no tokenizer at"),
+    (
+      "tokenizer_config.json",
+      _settings(model_max_length="x"),
+      "'int' and 'str",
+    ),
+    ("tokenizer_config.json", _settings(eos_token=5), "eos_token has to be"),
+    (
+      "tokenizer_config.json",
+      _settings(eos_token=""),
+      "has no end-of-sequence",
+    ),
+    (
+      "tokenizer_config.json",
+      _settings(chat_template=5),
+      "chat_template=5; all",
+    ),
+  ],
+  ids="charsmap merges array settings length eos no-eos template".split(),
+)
+def test_a_broken_tokenizer_is_one_line(
+  name, change, message, make_tokenizer, tmp_path, capfd
+):
+  make_tokenizer().save_pretrained(tmp_path)
+  values = json.loads((tmp_path / name).read_text())
+  (tmp_path / name).write_text(json.dumps(change(values)))
+  with pytest.raises(ValueError, match=message) as error:
+    tokenize.load_tokenizer(str(tmp_path))
+  assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+  assert capfd.readouterr() == ("", "")
+
+
+def test_no_code_of_a_tokenizers_folder_is_run(make_tokenizer, tmp_path, capfd):
+  make_tokenizer().save_pretrained(tmp_path)
+  path, marker = tmp_path / "tokenizer_config.json", tmp_path / "marker"
+  values = json.loads(path.read_text()) | {"tokenizer_class": "Mine"}
+  values["auto_map"] = {"AutoTokenizer": [None, "mine.Mine"]}
+  path.write_text(json.dumps(values))
+  (tmp_path / "mine.py").write_text(f"open({str(marker)!r}, 'w')\n")
+  with pytest.raises(ValueError, match="code of its own, which is never run"):
+    tokenize.load_tokenizer(str(tmp_path))
+  assert not marker.exists() and capfd.readouterr() == ("", "")
 
 
 def test_fingerprint_follows_vocabulary_special_tokens_and_template(

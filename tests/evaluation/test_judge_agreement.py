@@ -152,7 +152,8 @@ def test_a_bad_row_is_named(tmp_path, row, message):
   [
     ("[1]", "bad.json': must be a JSON array of objects"),
     ("{}", "bad.json': must be a JSON array of objects"),
-    ("[{]", "bad.json' cannot be read: Expecting"),
+    ("[{]", "bad.json': not JSON .Expecting"),
+    ('[{"a": "\\ud800"}]', "bad.json': character 1 of .* half of a surr"),
     ("[]", "bad.json': none of 0 rows is kept"),
     (None, "bad.json' cannot be read: .*No such file"),
   ],

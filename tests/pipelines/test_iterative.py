@@ -114,6 +114,7 @@ def test_a_round_goes_on_from_the_one_before(folder):
     config = json.loads((run / "config.json").read_text())
     assert config["model"]["path"] == policies[number - 1]
     assert config["reference"]["path"] == ""
+    assert config["data"]["truncate_prompts"] == "always"
     pairs = _rows(folder / f"rounds/pairs_{number}.jsonl")
     assert lines[number - 1]["num_pairs"] == len(pairs)
     # The reference is the policy that the round starts from.

@@ -130,6 +130,24 @@ def test_texts_are_cut_as_in_training(folders):
   np.testing.assert_allclose(found, [expected], atol=1e-5)
 
 
+def test_a_prompt_is_cut_by_the_rule_of_the_run(folders, monkeypatch):
+  lengths = {"max_length": 7, "max_prompt_length": 2}
+  lengths["truncate_prompts"] = "if_needed"
+  monkeypatch.setattr(learned, "_run_lengths", lambda path: lengths)
+  texts = ["it was not very good"], [" good"]  # 5 tokens, and 2 with EOS
+  whole, short = (
+    _alone(x, " good") for x in ("it was not very good", "very good")
+  )
+  found = learned.load(folders["reward"])(*texts)
+  np.testing.assert_allclose(found, [whole], atol=1e-5)
+  lengths["truncate_prompts"] = "always"
+  found = learned.load(folders["reward"])(*texts)
+  np.testing.assert_allclose(found, [short], atol=1e-5)
+  lengths |= {"truncate_prompts": "never", "max_length": 5}
+  with pytest.raises(ValueError, match="prompt 0 has 5 tokens: must leave"):
+    learned.load(folders["reward"])(*texts)
+
+
 def test_mistakes_end_in_one_line(folders, reward_fn, tmp_path):
   def refuses(message, path=folders["reward"], **options):
     with pytest.raises(ValueError, match=message) as caught:
