@@ -66,7 +66,7 @@ def test_broken_line_is_named(lines, message, write_lines):
 def test_unreadable_file_is_named(name, content, message, tmp_path):
   path = tmp_path / name
   path.write_bytes(content)
-  with pytest.raises(ValueError, match=f"{name}' .*{message}") as error:
+  with pytest.raises(ValueError, match=f"{name}.*{message}") as error:
     list(jsonl.read(str(path), ""))
   assert "\n" not in str(error.value)
 
