@@ -38,7 +38,7 @@ LOWER_IS_BETTER = {
   "rewards/margins": False,
 }
 
-_METRICS = {"metrics": schema.object_of(schema.NUMBER)}
+_METRICS = schema.object_of(schema.NUMBER)
 
 # Each chunk of an array is read whole and beside it. Smaller ones than this
 # come from malloc's arenas, which keep the memory.
@@ -359,7 +359,8 @@ def _metrics_path(workdir: str | os.PathLike[str], step: int) -> pathlib.Path:
 def _read_metrics(path: pathlib.Path) -> dict[str, float]:
   """Returns what an evaluation said; ValueError where the file is damaged."""
   metrics = schema.read(path, {})
-  schema.check({"metrics": metrics}, _METRICS)
+  if not _METRICS.allows(metrics):
+    raise ValueError(f"{path}: must be {_METRICS.name}")
   return metrics
 
 
