@@ -9,7 +9,6 @@ Orbax writes to a temporary folder and renames it, so what a killed process
 leaves is never taken for a checkpoint.
 """
 
-import json
 import math
 import os
 import pathlib
@@ -23,7 +22,9 @@ from absl import logging
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
+from dpo_jax import caches, schema
 from dpo_jax.checkpoints import reader
+from dpo_jax.models import finite
 from dpo_jax.types import Params
 
 # Metrics that may choose the best checkpoint: whether the lowest is the best.
@@ -32,6 +33,8 @@ LOWER_IS_BETTER = {
   "rewards/accuracies": False,
   "rewards/margins": False,
 }
+
+_METRICS = schema.object_of(schema.NUMBER)
 
 # Each chunk of an array is read whole and beside it. Smaller ones than this
 # come from malloc's arenas, which keep the memory.
@@ -226,14 +229,22 @@ def best_step(workdir: str | os.PathLike[str], metric: str) -> int | None:
 
   Returns:
     None where no saved step was evaluated.
+
+  Raises:
+    ValueError: an unknown metric, or a step's metrics cannot be read.
   """
+  if metric not in LOWER_IS_BETTER:
+    raise ValueError(
+      f"{workdir}: checkpoint.metric={metric!r}: must be one of"
+      f" {', '.join(LOWER_IS_BETTER)}"
+    )
   sign = -1.0 if LOWER_IS_BETTER[metric] else 1.0
   found = []
   for step in saved_steps(workdir):
     path = _metrics_path(workdir, step)
     value = math.nan
     if path.exists():
-      value = sign * json.loads(path.read_text()).get(metric, math.nan)
+      value = sign * _read_metrics(path).get(metric, math.nan)
     if not math.isnan(value):
       found.append((value, step))
   return max(found)[1] if found else None
@@ -266,8 +277,9 @@ def restore_params(
     step: which checkpoint; the newest by default.
 
   Raises:
-    ValueError: there is no such checkpoint, it holds other parameters, or it
-      is damaged (a model other than the one asked for would be worse).
+    ValueError: there is no such checkpoint, it holds other parameters, NaN or
+      infinity among them, or it is damaged (a model other than the one asked
+      for would be worse).
   """
   path = _checkpoint(workdir, step)
   wanted = {"params": abstract_params}
@@ -278,9 +290,11 @@ def restore_params(
     raise ValueError(
       f"checkpoint {path} is damaged: {error}; there are {steps}"
     ) from error
-  return jax.tree.map(
+  params = jax.tree.map(
     lambda x, like: x.astype(like.dtype), params, abstract_params
   )
+  finite.check(params, f"checkpoint {path}")
+  return params
 
 
 def _checkpoint(
@@ -308,18 +322,23 @@ def _metrics_path(workdir: str | os.PathLike[str], step: int) -> pathlib.Path:
   return _checkpoints_folder(workdir) / str(step) / "metrics" / "metrics"
 
 
+def _read_metrics(path: pathlib.Path) -> dict[str, float]:
+  """Returns what an evaluation said; ValueError where the file is damaged."""
+  metrics = schema.read(path, {})
+  if not _METRICS.allows(metrics):
+    raise ValueError(f"{path}: must be {_METRICS.name}")
+  return metrics
+
+
 def _drop_unreadable_metrics(workdir: str | os.PathLike[str]) -> None:
   """Deletes damaged metrics files, which would keep Orbax from opening."""
   if jax.process_index() == 0:
     for step in saved_steps(workdir):
       path = _metrics_path(workdir, step)
       try:
-        readable = not path.exists() or isinstance(
-          json.loads(path.read_bytes()), dict
-        )
+        if os.path.lexists(path):
+          _read_metrics(path)
       except ValueError:
-        readable = False
-      if not readable:
         logging.warning("%s cannot be read: step %d has no metrics", path, step)
-        path.unlink()
+        caches.remove(path)
   multihost_utils.sync_global_devices("checkpoint metrics read")

@@ -9,8 +9,10 @@ finished       empty; there when the run of config.json came to its end
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
+
+from dpo_jax import schema
 
 FINISHED = "finished"
 LENGTH_KEYS = ("steps", "epochs")
@@ -28,6 +30,43 @@ MUTABLE_KEYS = (
 )
 
 
+# What is read of a config, by dotted key.
+KINDS = {
+  "steps": schema.integer(0, schema.MAX_INDEX),
+  "epochs": schema.number("a number, at least 0", 0, schema.HUGE),
+  **{
+    f"data.max{part}_length": schema.integer(0, schema.MAX_INDEX)
+    for part in ("", "_prompt", "_response")
+  },
+  "loss.beta": schema.NUMBER,
+  "checkpoint.metric": schema.STRING,
+  "reference.mode": schema.STRING,
+  **dict.fromkeys(("model.path", "reference.path", "lora.path"), schema.STRING),
+}
+
+
+def read_config(
+  workdir: str | os.PathLike[str], required: Collection[str] = ()
+) -> dict[str, Any]:
+  """Returns the values of a run's config.json by their dotted keys.
+
+  Args:
+    workdir: the run folder.
+    required: keys that it must have.
+
+  Raises:
+    ValueError: no such file, one that is not JSON, a key that is missing or a
+      value of a wrong kind.
+  """
+  path = pathlib.Path(workdir) / "config.json"
+  values = flatten(schema.read(path, {}))
+  try:
+    schema.check(values, KINDS, required)
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from error
+  return values
+
+
 def check_config(
   workdir: str | os.PathLike[str], config: Mapping[str, Any]
 ) -> None:
@@ -40,11 +79,7 @@ def check_config(
   path = pathlib.Path(workdir) / "config.json"
   if not path.exists():
     return
-  try:
-    before = _fixed(json.loads(path.read_text()))
-  except ValueError as error:
-    raise ValueError(f"{path} is not JSON: {error}") from error
-  now = _fixed(config)
+  before, now = _fixed(read_config(workdir)), _fixed(flatten(config))
   changed = [
     f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
     for key in sorted(before.keys() | now.keys())
@@ -86,7 +121,7 @@ def is_finished(
   folder = pathlib.Path(workdir)
   if not (folder / FINISHED).exists():
     return False
-  before = json.loads((folder / "config.json").read_text())
+  before = read_config(folder, LENGTH_KEYS)
   return all(before[key] == config[key] for key in LENGTH_KEYS)
 
 
@@ -101,9 +136,9 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   return flat
 
 
-def _fixed(tree: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns dotted keys and values, without those that may differ."""
+def _fixed(flat: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the values by their dotted keys, without those that may differ."""
   is_mutable = lambda key: any(
     (key + ".").startswith(mutable + ".") for mutable in MUTABLE_KEYS
   )
-  return {k: v for k, v in flatten(tree).items() if not is_mutable(k)}
+  return {k: v for k, v in flat.items() if not is_mutable(k)}

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +10,7 @@ import jax
 import numpy as np
 
 from dpo_jax import sharding
-from dpo_jax.checkpoints import source
+from dpo_jax.checkpoints import run_folder, source
 from dpo_jax.data import dataset, examples, loader, packing, tokenize
 from dpo_jax.evaluation import preference_report
 from dpo_jax.losses import objectives
@@ -69,11 +68,12 @@ def make_settings(path: str, *, dtype: str = "auto", **given: Any) -> Settings:
   run, _ = source.split_step(path)
   file = pathlib.Path(run) / "config.json"
   if source.is_run(run) and file.exists():
-    config = json.loads(file.read_text())
-    defaults = {
+    lengths = [f"data.{name}" for name in defaults]
+    config = run_folder.read_config(run, lengths)
+    defaults = dict(zip(defaults, map(config.get, lengths), strict=True)) | {
       "reference": _reference_of(config),
-      "beta": config["loss"]["beta"],
-    } | {name: config["data"][name] for name in defaults}
+      "beta": config.get("loss.beta"),
+    }
   settings = defaults | {k: v for k, v in given.items() if v is not None}
   for name in ("reference", "beta"):
     if not settings.get(name):
@@ -89,10 +89,10 @@ def make_settings(path: str, *, dtype: str = "auto", **given: Any) -> Settings:
 
 def _reference_of(config):
   """Returns the path of a run's reference; empty where it has none."""
-  base, reference = config["model"]["path"], config["reference"]
-  if reference["mode"] == "adapter_off":
+  base = config.get("model.path")
+  if config.get("reference.mode") == "adapter_off":
     return base
-  return reference["path"] or config["lora"]["path"] or base
+  return config.get("reference.path") or config.get("lora.path") or base
 
 
 def evaluate(
@@ -119,7 +119,9 @@ def evaluate(
     ValueError: a model or a file cannot be read, or no pair is kept.
   """
   opened = source.open_model(settings.source)
-  tokenizer = tokenize.load_tokenizer(opened.tokenizer)
+  tokenizer = tokenize.load_tokenizer(
+    opened.tokenizer, opened.config.vocab_size
+  )
   pairs, lists = [], []
   for path in data:
     rows = examples.read(data_source, path, split=split, inputs="pairs")

@@ -1,16 +1,14 @@
 """Rewards of a trained reward model or classifier: texts to scores."""
 
 import dataclasses
-import json
 import math
-import pathlib
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 
 from dpo_jax import sharding
-from dpo_jax.checkpoints import source
+from dpo_jax.checkpoints import run_folder, source
 from dpo_jax.data import dataset, loader, packing, tokenize
 from dpo_jax.losses import objectives
 from dpo_jax.models import config as model_config
@@ -110,9 +108,9 @@ def _run_lengths(path: str) -> tuple[int, int, int] | None:
   """
   if not source.is_run(path):
     return None
-  data = json.loads((pathlib.Path(path) / "config.json").read_text())["data"]
-  parts = ("", "_prompt", "_response")
-  return tuple(data[f"max{part}_length"] for part in parts)
+  keys = [f"data.max{part}_length" for part in ("", "_prompt", "_response")]
+  settings = run_folder.read_config(path, keys)
+  return tuple(settings[key] for key in keys)
 
 
 class Learned:
@@ -136,7 +134,9 @@ class Learned:
     self._max_prompt_length = max_prompt_length
     self._max_response_length = max_response_length
     self._with_eos = with_eos
-    self._tokenizer = tokenize.load_tokenizer(opened.tokenizer)
+    self._tokenizer = tokenize.load_tokenizer(
+      opened.tokenizer, opened.config.vocab_size
+    )
     self._mesh = sharding.make_mesh()
     layouts = transformer.layouts(self._mesh, config)
     self._params = opened.load(config, layouts)

@@ -35,3 +35,21 @@ def test_a_run_that_begins_again_is_not_finished(finished):
 def test_values_are_flattened_by_dotted_keys():
   tree = {"a": {"b": 1, "c": {"d": None}}, "e": 2}
   assert run_folder.flatten(tree) == {"a.b": 1, "a.c.d": None, "e": 2}
+
+
+@pytest.mark.parametrize(
+  "text, message",
+  [
+    ("[]", "must be a JSON object"),
+    ("{", "not JSON"),
+    ('{"steps": "5", "epochs": 1}', "steps='5': must be an integer"),
+    ('{"steps": 5, "epochs": NaN}', "epochs=nan: must be a number"),
+    ('{"steps": 5}', "'epochs' is missing"),
+  ],
+)
+def test_a_config_that_lies_is_refused_by_file_and_key(text, message, finished):
+  (finished / "config.json").write_text(text)
+  with pytest.raises(ValueError) as error:
+    run_folder.is_finished(finished, CONFIG)
+  assert str(error.value).startswith(f"{finished}/config.json: ")
+  assert message in str(error.value)
