@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from dpo_jax import adapters, batches, reference_model, sharding
 from dpo_jax import reinforcement as reinforcement_lib
 from dpo_jax.checkpoints import manager, source
-from dpo_jax.data import loader, synthetic, tokenize
+from dpo_jax.data import loader, synthetic, token_ids, tokenize
 from dpo_jax.losses import objectives
 from dpo_jax.models import config as model_config
 from dpo_jax.models import heads, transformer
@@ -276,17 +276,15 @@ def _fit_policy(config, policy, tokenizer, *, from_scratch):
   """Returns the decoder with compute settings and a fitting vocabulary."""
   settings = _compute_settings(config)
   if from_scratch:
-    settings["vocab_size"] = config.model.vocab_size or len(tokenizer)
+    settings["vocab_size"] = config.model.vocab_size or token_ids.size(
+      tokenizer
+    )
   elif config.model.vocab_size:
     raise ValueError(
       f"model.vocab_size={config.model.vocab_size}: only for a model.preset"
     )
   policy = dataclasses.replace(policy, **settings)
-  if len(tokenizer) > policy.vocab_size:
-    raise ValueError(
-      f"the tokenizer has {len(tokenizer)} tokens and the model only"
-      f" {policy.vocab_size}"
-    )
+  token_ids.check(tokenizer, policy.vocab_size)
   is_bounded = policy.positions == "learned"
   if is_bounded and config.data.max_length > policy.max_positions:
     raise ValueError(

@@ -43,7 +43,9 @@ class Policy:
       ValueError: there is no such model.
     """
     opened = source.open_model(path, step=step)
-    self.tokenizer = tokenize.load_tokenizer(opened.tokenizer)
+    self.tokenizer = tokenize.load_tokenizer(
+      opened.tokenizer, opened.config.vocab_size
+    )
     self.config = dataclasses.replace(
       opened.config, dtype=sharding.matmul_dtype(dtype)
     )

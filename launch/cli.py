@@ -17,6 +17,8 @@ from absl import app, flags, logging
 from ml_collections import config_dict
 from ml_collections.config_flags import config_flags
 
+from dpo_jax import schema
+
 
 def run(
   main: Callable[[list[str]], int | None], *, num_arguments: int = 0
@@ -117,6 +119,8 @@ def _parse_flags(num_arguments: int, argv: list[str]) -> list[str]:
 
 def _read_flags(values: flags.FlagValues, argv: list[str]) -> list[str]:
   """Returns what is left of `argv`; mistakes in a config become one line."""
+  for flag in _config_flags(values):
+    schema.check_regular((_config_path(flag, argv) or "").split(":")[0])
   try:
     rest = values(argv)
     for flag in _config_flags(values):

@@ -1,6 +1,7 @@
 """What an experiment makes of its config and its model together."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -8,9 +9,12 @@ import pytest
 
 from configs import quickstart
 from dpo_jax import experiment
+from dpo_jax import policy as policy_lib
 from dpo_jax.data import synthetic
+from dpo_jax.evaluation import held_out, local_judge
 from dpo_jax.models import config as model_config
 from dpo_jax.models import huggingface, transformer
+from dpo_jax.rewards import learned
 
 
 def _build(monkeypatch, tmp_path, **changes):
@@ -102,3 +106,45 @@ def test_a_metric_that_evaluations_lack_is_refused(
     _build_from(tmp_path / "lm", loss, tmp_path, metric=metric)
   built = _build_from(tmp_path / "lm", loss, tmp_path)
   assert built.best_metric == "loss"
+
+
+def _raise_highest_id(folder, token_id):
+  """Gives one word of a tokenizer a higher id, so that ids have holes."""
+  path = folder / "tokenizer.json"
+  content = json.loads(path.read_text())
+  words = content["model"]["vocab"]
+  words[max(words, key=words.get)] = token_id
+  path.write_text(json.dumps(content))
+
+
+def test_a_preset_has_a_row_for_the_highest_id(tmp_path):
+  synthetic.make_tokenizer().save_pretrained(tmp_path)
+  _raise_highest_id(tmp_path, 700)
+  config = quickstart.get_config("dpo")
+  config.model.preset, config.model.tokenizer = "tiny", str(tmp_path)
+  config.data.path, config.data.eval_path = "pairs:16", "pairs:8"
+  config.data.cache_dir = str(tmp_path / "cache")
+  config.batch_size = 8
+  assert experiment.build(config).scorer.policy.vocab_size == 701
+  config.model.vocab_size = 700
+  with pytest.raises(ValueError, match="with id 700, and the model has 700"):
+    experiment.build(config)
+
+
+def test_whoever_reads_ids_refuses_those_that_a_model_has_no_row_for(tmp_path):
+  folder, scalar = tmp_path / "lm", tmp_path / "rm"
+  for path, head in ((folder, "vocabulary"), (scalar, "reward")):
+    _saved(path, head)
+    _raise_highest_id(path, 700)
+  settings = held_out.make_settings(str(folder), reference="x", beta=1.0)
+  for read in (
+    lambda: _build_from(folder, "dpo", tmp_path),
+    lambda: policy_lib.Policy(str(folder)),
+    lambda: local_judge.make_logps_fn(str(folder)),
+    lambda: learned.load(str(scalar)),
+    lambda: held_out.evaluate(
+      settings, ["absent"], "", data_source="jsonl", split=""
+    ),
+  ):
+    with pytest.raises(ValueError, match="with id 700, and the model has"):
+      read()

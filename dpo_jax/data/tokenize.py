@@ -10,6 +10,7 @@ which writes all special tokens itself.
 import array
 import dataclasses
 import functools
+import glob
 import itertools
 import json
 import os
@@ -19,7 +20,8 @@ import jinja2
 import numpy as np
 import transformers
 
-from dpo_jax.data import examples
+from dpo_jax import schema
+from dpo_jax.data import examples, token_ids
 from dpo_jax.data.packing import PairTokens, Ragged
 
 CHUNK_ROWS = 1024  # rows that are given to the tokenizer at once
@@ -64,17 +66,23 @@ def report_lines(report: Report) -> list[str]:
   return lines
 
 
-def load_tokenizer(path: str) -> Tokenizer:
+def load_tokenizer(path: str, vocab_size: int | None = None) -> Tokenizer:
   """Returns a tokenizer whose end-of-sequence token is known.
 
   Args:
     path: a folder in Hugging Face format, a `tokenizers` file (*.json), or a
       hub name. A file does not say which of its tokens ends a text: it is the
       first of `END_TOKENS` among its special tokens.
+    vocab_size: of the model that reads its ids; see `token_ids.check`.
 
   Raises:
-    ValueError: no tokenizer there, or none with an end-of-sequence token.
+    ValueError: no tokenizer there, or none with an end-of-sequence token, or
+      one of another model.
   """
+  schema.check_regular(path)
+  for pattern in ("*", "additional_chat_templates/*"):
+    for file in glob.glob(os.path.join(glob.escape(path), pattern)):
+      schema.check_regular(file)
   is_local = path.startswith(("/", ".")) or path.endswith(".json")
   if is_local and not os.path.exists(path):
     raise ValueError(f"no such tokenizer: {path!r}")
@@ -94,6 +102,8 @@ def load_tokenizer(path: str) -> Tokenizer:
       f"tokenizer {path!r} has no end-of-sequence token; it must name one"
       " as eos_token"
     )
+  if vocab_size is not None:
+    token_ids.check(tokenizer, vocab_size)
   return tokenizer
 
 

@@ -14,6 +14,7 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from dpo_jax import schema
 from dpo_jax.data import jsonl
 from dpo_jax.evaluation import intervals, judges, win_rate_report
 from dpo_jax.evaluation.judges import Comparison, Decision
@@ -252,6 +253,7 @@ def _rows(path: str) -> Iterator[dict]:
   if opener is None:
     yield from jsonl.read(path, "test")
     return
+  schema.check_regular(path)
   try:
     with opener(path, "rt", encoding="utf-8") as file:
       rows = json.load(file)

@@ -31,7 +31,9 @@ def make_logps_fn(
     ValueError: there is no such model, or a length out of range.
   """
   opened = source.open_model(path)
-  tokenizer = tokenize.load_tokenizer(opened.tokenizer)
+  tokenizer = tokenize.load_tokenizer(
+    opened.tokenizer, opened.config.vocab_size
+  )
   if max_length is None:
     is_bounded = opened.config.positions == "learned"
     bound = opened.config.max_positions if is_bounded else MAX_LENGTH

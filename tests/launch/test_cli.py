@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from launch import cli
+
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
 SCRIPT = '''"""Trains nothing."""
@@ -155,3 +157,10 @@ def test_the_traceback_of_a_mistake_can_be_asked_for(script):
   assert done.returncode == 2
   assert "Traceback" in done.stderr
   assert done.stderr.endswith("error: loss.beta=-1.0: must be above 0\n")
+
+
+def test_a_config_that_is_no_file_is_refused_unopened(tmp_path):
+  path = tmp_path / "config.py"
+  os.mkfifo(path)
+  with pytest.raises(ValueError, match=f"{path} is not a regular file"):
+    cli.load_config(f"{path}:dpo", {})
