@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from dpo_jax import experiment as experiment_lib
-from dpo_jax import reinforcement, sharding
+from dpo_jax import files, reinforcement, sharding
 from dpo_jax.checkpoints import manager, reader, run_folder, source
 from dpo_jax.data import loader
 from dpo_jax.evaluation import preferences
@@ -310,18 +310,18 @@ def _make_ppo(experiment):
 
 def _write_run_files(experiment, workdir):
   if jax.process_index() == 0:
-    folder = workdir / run_folder.MODEL_FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    huggingface.write_config(
-      str(folder),
-      experiment.scorer.policy,
-      bos_token_id=experiment.tokenizer.bos_token_id,
-      eos_token_id=experiment.tokenizer.eos_token_id,
-    )
-    experiment.tokenizer.save_pretrained(folder)
-    if experiment.scorer.policy.lora:
-      base = experiment.settings["model"]["path"]
-      source.write_lora(folder, experiment.scorer.policy.lora, base)
+    path = workdir / run_folder.MODEL_FOLDER
+    with files.folder(path, marker="config.json") as folder:
+      huggingface.write_config(
+        str(folder),
+        experiment.scorer.policy,
+        bos_token_id=experiment.tokenizer.bos_token_id,
+        eos_token_id=experiment.tokenizer.eos_token_id,
+      )
+      experiment.tokenizer.save_pretrained(folder)
+      if experiment.scorer.policy.lora:
+        base = experiment.settings["model"]["path"]
+        source.write_lora(folder, experiment.scorer.policy.lora, base)
     run_folder.write_config(workdir, experiment.settings)
   multihost_utils.sync_global_devices("run folder written")
 

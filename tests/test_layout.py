@@ -8,6 +8,7 @@ import pytest
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "dpo_jax"
 FLOORS = {
   "types": 0,
+  "files": 1,
   "sharding": 1,
   "data": 2,
   "models": 2,

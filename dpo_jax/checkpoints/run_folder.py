@@ -12,6 +12,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from dpo_jax import files
+
 FINISHED = "finished"
 LENGTH_KEYS = ("steps", "epochs")
 MODEL_FOLDER = "model"
@@ -64,9 +66,7 @@ def write_config(
   path = pathlib.Path(workdir) / "config.json"
   # First, or a longer run of this folder would look finished.
   (path.parent / FINISHED).unlink(missing_ok=True)
-  part = path.with_suffix(".part")
-  part.write_text(json.dumps(config, indent=2) + "\n")
-  part.replace(path)
+  files.write_json(path, config)
 
 
 def mark_finished(workdir: str | os.PathLike[str]) -> None:

@@ -35,13 +35,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from dpo_jax import experiment, trainer
+from dpo_jax import experiment, files, trainer
 from dpo_jax import policy as policy_lib
 from dpo_jax.checkpoints import run_folder
 from dpo_jax.data import tokenize
 from dpo_jax.evaluation import frontier
 from dpo_jax.losses import objectives
-from dpo_jax.pipelines import stages
 from dpo_jax.rewards import registry
 from dpo_jax.sampling import decode
 from dpo_jax.training import reference as reference_lib
@@ -342,7 +341,7 @@ def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 def _write(path: pathlib.Path, rows: Iterable[dict[str, Any]]) -> None:
   """Writes JSON lines, all or nothing, for all processes."""
   if jax.process_index() == 0:
-    stages.write_lines(path, rows)
+    files.write_lines(path, rows)
   multihost_utils.sync_global_devices(f"{path.name} written")
 
 

@@ -14,6 +14,8 @@ import jax
 import tensorboardX
 import tqdm
 
+from dpo_jax import files
+
 
 class Recorder:
   """Records metrics in a run folder, from process 0; elsewhere does nothing.
@@ -171,9 +173,4 @@ def _drop_after(path: pathlib.Path, step: int) -> None:
       ) from error
     if line_step <= step and line.endswith(b"\n"):
       kept.append(line)
-  part = path.with_name(path.name + ".part")
-  with part.open("wb") as file:
-    file.writelines(kept)
-    file.flush()
-    os.fsync(file.fileno())
-  part.replace(path)
+  files.write_bytes(path, b"".join(kept))
