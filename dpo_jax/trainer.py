@@ -13,8 +13,14 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from dpo_jax import experiment as experiment_lib
-from dpo_jax import files, reinforcement, sharding
-from dpo_jax.checkpoints import manager, reader, run_folder, source
+from dpo_jax import files, processes, reinforcement, sharding
+from dpo_jax.checkpoints import (
+  fingerprints,
+  manager,
+  reader,
+  run_folder,
+  source,
+)
 from dpo_jax.data import loader
 from dpo_jax.evaluation import preferences
 from dpo_jax.experiment import Experiment
@@ -35,23 +41,6 @@ from dpo_jax.training import reference as reference_lib
 from dpo_jax.types import Batch, Params
 
 
-def join_processes() -> None:
-  """Joins the other processes of a multi-host run.
-
-  Raises:
-    ValueError: neither the cluster nor the environment says who they are.
-  """
-  number = os.environ.get("JAX_NUM_PROCESSES")
-  index = os.environ.get("JAX_PROCESS_ID")
-  try:
-    jax.distributed.initialize(
-      num_processes=int(number) if number else None,
-      process_id=int(index) if index else None,
-    )
-  except ValueError as error:
-    raise ValueError(f"--multihost: {error}") from error
-
-
 def train(config: ConfigDict, workdir: str) -> bool:
   """Returns whether the run came to its end; False when told to stop.
 
@@ -62,15 +51,31 @@ def train(config: ConfigDict, workdir: str) -> bool:
   Raises:
     ValueError: something in the config, the data or the folder is not right.
   """
-  run_folder.check_config(workdir, experiment_lib.to_plain(config))
-  experiment = experiment_lib.build(config)
-  for line in describe(experiment):
-    _say(line)
-  with jax.set_mesh(experiment.mesh):
-    finished = _train(experiment, pathlib.Path(workdir))
-  if finished and jax.process_index() == 0:
-    run_folder.mark_finished(workdir)
-  return finished
+  _agree(config, workdir)
+  with run_folder.owned(workdir, "trains in"):
+    run_folder.check_config(workdir, experiment_lib.to_plain(config))
+    experiment = experiment_lib.build(config)
+    for line in describe(experiment):
+      processes.say(line)
+    with jax.set_mesh(experiment.mesh):
+      finished = _train(experiment, pathlib.Path(workdir))
+    if finished and jax.process_index() == 0:
+      run_folder.mark_finished(workdir)
+    return finished
+
+
+def _agree(config, workdir):
+  """Raises ValueError unless all processes have one config and one model."""
+  if jax.process_count() == 1:
+    return
+  settings = experiment_lib.to_plain(config)
+  given = run_folder.flatten({"--config": settings})
+  processes.agree(given | {"--workdir": os.path.abspath(workdir)})
+  paths = [settings["model"]["path"], settings["reference"]["path"]]
+  reward = settings["ppo"]["reward"]
+  paths += [reward.removeprefix("run:")] * reward.startswith("run:")
+  for path in filter(None, paths):
+    processes.agree(fingerprints.of_model(path))
 
 
 def describe(experiment: Experiment) -> Iterator[str]:
@@ -211,7 +216,7 @@ def _with_cached_reference(
     key = reference_lib.cache_key(batches, model, prints, scorer.objective)
     shape = (batches.num_pairs, batches.num_columns)
     logps = reference_lib.cached_logps(
-      experiment.cache_dir, key, shape, compute, _say
+      experiment.cache_dir, key, shape, compute, processes.say
     )
     return batches.with_reference(logps)
 
@@ -242,9 +247,11 @@ def _train(experiment: Experiment, workdir: pathlib.Path) -> bool:
       if not experiment.reference.moves:
         restored = dataclasses.replace(restored, reference=first.reference)
       first = dataclasses.replace(restored, base=first.base)
-      _say(f"goes on from step {done} of {experiment.schedule.last_step}")
+      processes.say(
+        f"goes on from step {done} of {experiment.schedule.last_step}"
+      )
     if done >= experiment.schedule.last_step:
-      _say(f"finished at step {done}: nothing to do")
+      processes.say(f"finished at step {done}: nothing to do")
       return True
     with recorder.Recorder(
       workdir,
@@ -324,8 +331,3 @@ def _write_run_files(experiment, workdir):
         source.write_lora(folder, experiment.scorer.policy.lora, base)
     run_folder.write_config(workdir, experiment.settings)
   multihost_utils.sync_global_devices("run folder written")
-
-
-def _say(text: str) -> None:
-  if jax.process_index() == 0:
-    print(text, flush=True)

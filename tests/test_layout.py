@@ -8,7 +8,9 @@ import pytest
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "dpo_jax"
 FLOORS = {
   "types": 0,
+  "supervisor": 0,
   "files": 1,
+  "processes": 1,
   "sharding": 1,
   "data": 2,
   "models": 2,

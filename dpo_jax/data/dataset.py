@@ -12,7 +12,7 @@ import os
 import pathlib
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -122,7 +122,7 @@ def load(
   max_prompt_length: int,
   max_response_length: int = 0,
   is_builder: bool = True,
-  barrier: Callable[[], None] = lambda: None,
+  agree: Callable[[Mapping[str, str]], None] = lambda values: None,
 ) -> TokenDataset:
   """Returns the tokens of a data set, from its cache, built where missing.
 
@@ -138,10 +138,12 @@ def load(
     max_response_length: tokens in a response; 0: no bound.
     is_builder: whether this process of the run builds; exactly one must.
       Of several runs one builds, and the others wait for it.
-    barrier: called once by every process; returns when all have called it.
+    agree: called twice by every process, with hashes of what the tokens are
+      of, and when they are in the cache; returns when all have called it.
 
   Raises:
-    ValueError: the data cannot be read, or no row of it is kept.
+    ValueError: the data cannot be read, no row of it is kept, or another
+      process has other data or another tokenizer.
   """
   settings = {
     "inputs": inputs,
@@ -150,27 +152,23 @@ def load(
     "max_response_length": max_response_length,
   }
   dataset = None
-  try:
-    key = [
-      CACHE_VERSION,
-      examples.fingerprint(source, path, split),
-      tokenize.fingerprint(tokenizer),
-      settings,
-    ]
-    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
-    folder = pathlib.Path(cache_dir) / name
-    if is_builder:
-      dataset = _open(folder)
-    if is_builder and dataset is None:
-      folder.parent.mkdir(parents=True, exist_ok=True)
-      with filelock.FileLock(folder.with_suffix(".lock")):
-        dataset = _open(folder)  # another run may have built it meanwhile
-        if dataset is None:
-          shutil.rmtree(folder, ignore_errors=True)
-          rows = examples.read(source, path, split=split, inputs=inputs)
-          _write(folder, *_tokenize(rows, path, tokenizer, settings))
-  finally:
-    barrier()  # also on an error, or the others would wait for ever
+  data = examples.fingerprint(source, path, split)
+  tokens = tokenize.fingerprint(tokenizer)
+  key = [CACHE_VERSION, data, tokens, settings]
+  text_hash = lambda text: hashlib.sha256(text.encode()).hexdigest()
+  agree({f"content of {path}": data, "tokenizer": text_hash(tokens)})
+  folder = pathlib.Path(cache_dir) / text_hash(json.dumps(key))[:32]
+  if is_builder:
+    dataset = _open(folder)
+  if is_builder and dataset is None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(folder.with_suffix(".lock")):
+      dataset = _open(folder)  # another run may have built it meanwhile
+      if dataset is None:
+        shutil.rmtree(folder, ignore_errors=True)
+        rows = examples.read(source, path, split=split, inputs=inputs)
+        _write(folder, *_tokenize(rows, path, tokenizer, settings))
+  agree({f"cache of {path}": folder.name})
   dataset = dataset or _open(folder)
   if dataset is None:
     raise ValueError(
