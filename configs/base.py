@@ -29,9 +29,6 @@ def get_config() -> config_dict.ConfigDict:
   config.data.shuffle = True  # False: file order
   config.data.max_length = 512  # tokens of prompt and one response
   config.data.max_prompt_length = 256  # tokens
-  # Tokens of one response, EOS among them; 0: what max_length leaves. Samples
-  # that were cut at a length end without an EOS by the same number here.
-  config.data.max_response_length = 0
   # Tokens in a row; 0: the multiple of 128 that suits the longest pair.
   config.data.row_length = 0
   # mirrored; padded: two sequences a pair, also where a window asks for them.
@@ -73,12 +70,16 @@ def get_config() -> config_dict.ConfigDict:
   config.loss.tau = placeholder(float)  # discopop: temperature
   # unlikelihood: weight of rejected, in [0, 1]; cpo: weight of the chosen NLL;
   # rdpo: reward of a token; beta_dpo: change of beta per unit of margin; odpo:
-  # weight of the log of the score difference.
+  # weight of the log of the score difference; alpha_po: bend of the reward.
   config.loss.alpha = placeholder(float)
   config.loss.momentum = placeholder(float)  # beta_dpo: of the running margin
-  config.loss.desirable_weight = placeholder(float)  # kto, bco: > 0
-  config.loss.undesirable_weight = placeholder(float)  # kto, bco: > 0
-  config.loss.gamma = placeholder(float)  # simpo: target margin, in reward
+  # kto, bco, apo_zero_unpaired: above 0.
+  config.loss.desirable_weight = placeholder(float)
+  config.loss.undesirable_weight = placeholder(float)
+  # simpo, alpha_po: target margin, in reward; repo: in nats of a mean token.
+  config.loss.gamma = placeholder(float)  # at least 0
+  config.loss.eta = placeholder(float)  # rpo_*, rebel: of the score gap, > 0
+  config.loss.shift = placeholder(float)  # dpo_shift: of rejected, in (0, 1]
   config.loss.delta = placeholder(float)  # slic: margin, nats
   # dpop: of the penalty; orpo: of the odds ratio; slic: of the chosen NLL.
   config.loss.lambda_ = placeholder(float)  # weight, at least 0
@@ -89,6 +90,7 @@ def get_config() -> config_dict.ConfigDict:
   config.loss.f_alpha = placeholder(float)  # of f_divergence alpha, not 1
   config.loss.ld_alpha = 1.0  # weight of tokens past the shorter response
   config.loss.wpo = False  # weight pairs by the policy's own probability
+  config.loss.wpo_max_weight = 1.0  # bound of that weight, > 0; inf: none
   config.loss.sft_weight = 0.0  # weight of the chosen responses' token mean NLL
   config.loss.prompt_nll = False  # sft, orpo: whether it covers prompts too
 
@@ -112,6 +114,8 @@ def get_config() -> config_dict.ConfigDict:
   config.ppo.target_kl = placeholder(float)  # nats of a sequence; None: fixed
   config.ppo.horizon = 10_000.0  # responses in which kl_coef moves by a fifth
   config.ppo.whiten = True  # advantages: mean 0, variance 1 in an iteration
+  # Score units that a response loses which did not end in max_new_tokens.
+  config.ppo.missing_eos_penalty = 0.0
 
   config.reference = config_dict.ConfigDict()
   # live: frozen, in the same program; cached: its log-probabilities, computed
@@ -122,7 +126,9 @@ def get_config() -> config_dict.ConfigDict:
   # Empty: the policy as it starts (from lora.path, if given). With adapters,
   # that or a path of others of the same base holds no second copy of it.
   config.reference.path = ""
-  config.reference.dtype = "auto"  # auto: as model.dtype
+  # Of its weights. auto: as model.dtype, which changes no bit, as the policy's
+  # are rounded to it at each use; norms stay float32.
+  config.reference.dtype = "auto"
   # ema: the policy's share in the new reference, in (0, 1]; None: 0.6
   config.reference.alpha = placeholder(float)
   config.reference.every = placeholder(int)  # ema, sync: updates; None: 512
@@ -148,6 +154,9 @@ def get_config() -> config_dict.ConfigDict:
 
   config.checkpoint = config_dict.ConfigDict()
   config.checkpoint.every = 0  # updates; the end is always saved
+  # Minutes since the last save, after which there is one besides, so that what
+  # kills a run costs no more; 0: none.
+  config.checkpoint.minutes = 15.0
   config.checkpoint.keep = 2  # the last ones; the best is kept as well
   # What the best has most of: rewards/accuracies, rewards/margins; or least:
   # loss.

@@ -98,6 +98,7 @@ def get_config(argument: str = "dpo"):
     config.checkpoint.every = config.eval.every
   elif loss == "dpo" and scale:  # judged over training
     config.checkpoint.every, config.checkpoint.keep = 400, 100
+    config.checkpoint.minutes = 0.0
   elif loss == "ppo" and scale:
     config.ppo.max_new_tokens = SCALES[scale]["max_new_tokens"]
   if scale == "cpu":

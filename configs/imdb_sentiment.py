@@ -127,6 +127,7 @@ def get_config(argument: str = "dpo"):
   elif loss not in DEMONSTRATIONS:
     # Each checkpoint is a dot of the figure.
     config.checkpoint.every, config.checkpoint.keep = 100, 1000
+    config.checkpoint.minutes = 0.0
   if loss == "ppo":
     config.steps, config.batch_size = 400, 256
     config.ppo.minibatches = 4

@@ -81,6 +81,7 @@ def get_config(argument: str = "dpo"):
   elif loss == "dpo":
     config.loss.beta = 0.5
     config.checkpoint.every, config.checkpoint.keep = 100, 100
+    config.checkpoint.minutes = 0.0
   elif loss == "ppo":
     config.ppo.max_new_tokens = SCALES[scale]["max_new_tokens"]
   if scale == "cpu":

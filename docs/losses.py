@@ -6,7 +6,8 @@ A loss's docstring is the source of its formula and its paper. It begins
 "Returns FORMULA", up to a full stop or to a colon and more words, and it
 cites the paper as "Rafailov et al. 2023 (DPO, arXiv 2305.18290), eq 7"; the
 address may be https://... instead, and `eq`, `sec` and `app` may be left out.
-All else is read from the registry and from configs/losses.py.
+Paragraphs that begin with "Differs:" or "Beware:" stand below the tables. All
+else is read from the registry and from configs/losses.py.
 """
 
 import inspect
@@ -68,6 +69,18 @@ Hyper-parameters are those to start from. Vertical scales differ.
 """
 
 
+# Weighted sums that have a name, and what is not as in their source.
+_SUMS = {
+  "mpo": (
+    "Of its source two parts are missing. The quality loss there has a reward"
+    " shift, which `bco_pair` has not; it comes with `dpo:0.8,bco:0.4,sft:1`,"
+    " desirable and undesirable weighing 1 (`bco` takes the mean of a pair's"
+    " two terms, not the sum). And the generation loss there averages each"
+    " chosen response over its own tokens first; `sft` averages over all."
+  )
+}
+
+
 def main() -> None:
   PAGE.write_text(page())
   draw(PAGE.with_suffix(".png"))
@@ -81,11 +94,23 @@ def page() -> str:
     parts.append(
       f"\n## {title.rstrip('.')}\n\n```text\n{text.strip()}\n```\n\n"
     )
+    group = list(group)
     parts += [_TABLE, *(row(loss) for loss in group)]
-  sums = {k: v for k, v in configs.LOSSES.items() if "name" in v}
-  for name, settings in sums.items():
-    parts.append(f"\n`{name}` is the weighted sum `{settings['name']}`.\n")
+    found = [note for loss in group for note in notes(loss)]
+    parts += ["\n", *found] if found else []
+  for name, text in _SUMS.items():
+    whole = configs.LOSSES[name]["name"]
+    parts.append(f"\n`{name}` is the weighted sum `{whole}`. {text}\n")
   return "".join([*parts, _FIGURE])
+
+
+def notes(loss: registry.Loss) -> list[str]:
+  """Returns what its docstring says of differences and dangers, as lists."""
+  return [
+    f"- `{loss.name}` {begin.lower()} {text}\n"
+    for begin in ("Differs:", "Beware:")
+    for text in loss.paragraphs(begin)
+  ]
 
 
 def formula(loss: registry.Loss) -> str:

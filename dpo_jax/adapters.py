@@ -71,7 +71,7 @@ def add(options: Options, policy: ModelConfig) -> ModelConfig:
       )
   # int8 is of projections; the rest is computed with.
   dtype = policy.dtype if dtype in ("auto", "int8") else dtype
-  return lora.with_lora(dataclasses.replace(policy, param_dtype=dtype), wanted)
+  return lora.with_lora(policy.frozen(dtype), wanted)
 
 
 def make_loads(

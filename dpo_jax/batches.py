@@ -79,7 +79,8 @@ def make_loaders(
   if batch_size > train_loader.num_pairs:
     raise ValueError(
       f"batch_size={batch_size}: larger than the data"
-      f" ({train_loader.num_pairs} pairs in {options['path']})"
+      f" ({train_loader.num_pairs} pairs in {options['path']}); pass"
+      f" --config.batch_size={train_loader.num_pairs} or less"
     )
   if eval_data is None:
     return train_loader, None
@@ -111,7 +112,6 @@ def _read_tokens(options, objective, tokenizer, cache_dir, path, split):
     inputs=objective.inputs,
     max_length=options["max_length"],
     max_prompt_length=options["max_prompt_length"],
-    max_response_length=options["max_response_length"],
     is_builder=jax.process_index() == 0,
     agree=processes.agree,
   )

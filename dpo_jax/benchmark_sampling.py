@@ -234,7 +234,7 @@ def _time(sampler, prompts, max_new_tokens):
     prompts.tolist(),
     decode.Settings(max_new_tokens),
     seed=0,
-    eos_id=-1,
+    stop_ids=(),
     batch_rows=len(prompts),
   )
   return time.perf_counter() - start

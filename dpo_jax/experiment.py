@@ -12,10 +12,10 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dpo_jax import adapters, batches, reference_model, sharding
+from dpo_jax import adapters, batches, limits, reference_model, sharding
 from dpo_jax import reinforcement as reinforcement_lib
-from dpo_jax.checkpoints import manager, source
-from dpo_jax.data import loader, synthetic, tokenize
+from dpo_jax.checkpoints import manager, run_folder, source, stop_tokens
+from dpo_jax.data import loader, synthetic, token_ids, tokenize
 from dpo_jax.losses import objectives
 from dpo_jax.models import config as model_config
 from dpo_jax.models import heads, transformer
@@ -32,6 +32,8 @@ class Experiment:
     settings: the whole config as plain data, to be kept and shown.
     mesh: all devices.
     tokenizer: the policy's.
+    opened: where the policy comes from; None for random weights.
+    stop_ids: the tokens that each end a response of it.
     scorer: policy, reference and loss.
     shardings: the layout of each parameter that is trained.
     load_base: returns what adapters are added to; None without adapters.
@@ -54,6 +56,8 @@ class Experiment:
   settings: dict[str, Any]
   mesh: Mesh
   tokenizer: Any
+  opened: source.ModelSource | None
+  stop_ids: tuple[int, ...]
   scorer: steps.Scorer
   shardings: Params
   load_base: Callable[[], Params | None]
@@ -78,6 +82,7 @@ def build(config: ConfigDict) -> Experiment:
   Raises:
     ValueError: something in the config or the data is not right.
   """
+  check(config)
   objective = make_objective(config)
   mesh = sharding.make_mesh(**config.mesh)
   opened, policy = _policy_config(config)
@@ -138,6 +143,8 @@ def build(config: ConfigDict) -> Experiment:
     settings=to_plain(config),
     mesh=mesh,
     tokenizer=tokenizer,
+    opened=opened,
+    stop_ids=stop_tokens.find(tokenizer, opened),
     scorer=steps.Scorer(
       policy=policy,
       reference=reference.traced,
@@ -161,6 +168,7 @@ def build(config: ConfigDict) -> Experiment:
       log_every=config.log.every,
       eval_every=config.eval.every,
       save_every=config.checkpoint.every,
+      save_minutes=config.checkpoint.minutes,
     ),
     num_checkpoints=config.checkpoint.keep,
     best_metric=_best_metric(config, objective, eval_loader),
@@ -170,11 +178,12 @@ def build(config: ConfigDict) -> Experiment:
 
 
 def check(config: ConfigDict) -> None:
-  """Checks the loss and the optimizer; reads no data, touches no device.
+  """Checks numbers, loss and optimizer; reads no data, touches no device.
 
   Raises:
     ValueError: one of their options is not right.
   """
+  limits.check(run_folder.flatten(to_plain(config)))
   make_objective(config)
   _make_optimizer(config, max(config.steps, 1))
 
@@ -191,23 +200,23 @@ def make_objective(config: ConfigDict) -> objectives.Objective:
   """
   options = config.loss.to_dict()
   name = options.pop("name")
-  if config.ppo.reward and name != "ppo":
-    raise ValueError(
-      f"ppo.reward='{config.ppo.reward}': loss '{name}' samples no responses"
-    )
   if name == "ppo":
     _check_plain(options)
     _check_ppo(config)
     name = "sft"
-  keys = "f_divergence f_alpha ld_alpha wpo sft_weight prompt_nll".split()
-  modifiers = {key: options.pop(key) for key in keys}
+  else:
+    reinforcement_lib.check_unused(config.ppo.to_dict(), name)
+  keys = (
+    "f_divergence f_alpha ld_alpha wpo wpo_max_weight sft_weight prompt_nll"
+  )
+  modifiers = {key: options.pop(key) for key in keys.split()}
   given = {key: value for key, value in options.items() if value is not None}
   return objectives.make_objective(name, given, **modifiers)
 
 
 def _check_plain(options):
   """Raises ValueError where an option of losses is set for PPO."""
-  plain = dict(f_divergence="reverse_kl", ld_alpha=1.0)
+  plain = dict(f_divergence="reverse_kl", ld_alpha=1.0, wpo_max_weight=1.0)
   for key, value in options.items():
     if value and value != plain.get(key):
       raise ValueError(f"loss.{key}={value}: 'ppo' has its own, under ppo")
@@ -276,26 +285,20 @@ def _fit_policy(config, policy, tokenizer, *, from_scratch):
   """Returns the decoder with compute settings and a fitting vocabulary."""
   settings = _compute_settings(config)
   if from_scratch:
-    settings["vocab_size"] = config.model.vocab_size or len(tokenizer)
+    settings["vocab_size"] = config.model.vocab_size or token_ids.size(
+      tokenizer
+    )
   elif config.model.vocab_size:
     raise ValueError(
       f"model.vocab_size={config.model.vocab_size}: only for a model.preset"
     )
   policy = dataclasses.replace(policy, **settings)
-  if len(tokenizer) > policy.vocab_size:
-    raise ValueError(
-      f"the tokenizer has {len(tokenizer)} tokens and the model only"
-      f" {policy.vocab_size}"
-    )
+  token_ids.check(tokenizer, policy.vocab_size)
   is_bounded = policy.positions == "learned"
   if is_bounded and config.data.max_length > policy.max_positions:
     raise ValueError(
       f"data.max_length={config.data.max_length}: the model has"
       f" {policy.max_positions} positions"
-    )
-  if config.model.router_loss < 0:
-    raise ValueError(
-      f"model.router_loss={config.model.router_loss:g}: must be at least 0"
     )
   num_experts, shards = policy.num_experts, config.mesh.expert
   if shards > 1 and (not num_experts or num_experts % shards):
@@ -367,10 +370,6 @@ def _best_metric(config, objective, eval_loader):
 
 
 def _total_steps(config, batches):
-  if config.steps < 0 or config.epochs < 0:
-    raise ValueError(
-      f"steps={config.steps}, epochs={config.epochs}: must be at least 0"
-    )
   if config.steps:
     return config.steps
   total = math.ceil(config.epochs * batches.num_pairs / config.batch_size)

@@ -6,7 +6,7 @@ import os
 import jax
 
 from dpo_jax import files, sharding
-from dpo_jax.checkpoints import source
+from dpo_jax.checkpoints import source, stop_tokens
 from dpo_jax.data import tokenize
 from dpo_jax.models import (
   huggingface,
@@ -37,6 +37,7 @@ def write(
 ) -> None:
   """Writes a model and its tokenizer as a Hugging Face folder.
 
+  All that end its responses stand in config.json and generation_config.json.
   Adapters are merged into their base. The folder is written whole or not at
   all, by one process at a time; a model or an adapter in it is replaced.
 
@@ -72,17 +73,18 @@ def _write(path, target, step, dtype, max_shard_bytes, adapter):
     return
   config = dataclasses.replace(opened.config, param_dtype=dtype)
   tokenizer = tokenize.load_tokenizer(opened.tokenizer)
+  stop_ids = stop_tokens.find(tokenizer, opened)
   layouts = transformer.layouts(sharding.make_mesh(), config)
   huggingface.save_model(
     target,
     config,
     opened.load(config, layouts),
     bos_token_id=tokenizer.bos_token_id,
-    eos_token_id=tokenizer.eos_token_id,
+    eos_token_id=stop_tokens.in_config(stop_ids),
     max_shard_bytes=max_shard_bytes,
   )
   if jax.process_index() == 0:
-    tokenizer.save_pretrained(target)
+    _write_tokenizer(target, tokenizer, stop_ids, opened)
 
 
 def _write_adapter(path, target, step, dtype, opened):
@@ -99,4 +101,13 @@ def _write_adapter(path, target, step, dtype, opened):
     dtype=dtype,
   )
   if jax.process_index() == 0:
-    tokenize.load_tokenizer(opened.tokenizer).save_pretrained(target)
+    tokenizer = tokenize.load_tokenizer(opened.tokenizer)
+    stop_ids = stop_tokens.find(tokenizer, opened)
+    _write_tokenizer(target, tokenizer, stop_ids, opened)
+
+
+def _write_tokenizer(target, tokenizer, stop_ids, opened):
+  """Writes the tokenizer with its chat template, and what ends a response."""
+  tokenize.save_tokenizer(tokenizer, target)
+  if opened.config.head == "vocabulary":
+    stop_tokens.write(target, stop_ids, opened)

@@ -22,6 +22,8 @@ from typing import Any
 
 import filelock
 
+from dpo_jax import endings
+
 LOCK = ".lock"  # in a folder that one process owns
 # What file systems without locks answer: some NFS mounts, FUSE, object stores.
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
@@ -38,9 +40,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
   target.parent.mkdir(parents=True, exist_ok=True)
   part = target.with_name(f".{target.name}.part")
   try:
-    yield part
-    _sync(part)
-    part.replace(target)
+    with endings.writing(target):
+      yield part
+      _sync(part)
+      part.replace(target)
   finally:
     part.unlink(missing_ok=True)
 

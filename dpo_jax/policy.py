@@ -15,8 +15,8 @@ import numpy as np
 import tqdm
 
 from dpo_jax import files, sharding
-from dpo_jax.checkpoints import source
-from dpo_jax.data import dataset, examples, loader, packing, tokenize
+from dpo_jax.checkpoints import source, stop_tokens
+from dpo_jax.data import chat, dataset, examples, loader, packing, tokenize
 from dpo_jax.losses import objectives
 from dpo_jax.models import transformer
 from dpo_jax.sampling import decode
@@ -44,7 +44,10 @@ class Policy:
       ValueError: there is no such model.
     """
     opened = source.open_model(path, step=step)
-    self.tokenizer = tokenize.load_tokenizer(opened.tokenizer)
+    self.tokenizer = tokenize.load_tokenizer(
+      opened.tokenizer, opened.config.vocab_size
+    )
+    self.stop_ids = stop_tokens.find(self.tokenizer, opened)
     self.config = dataclasses.replace(
       opened.config, dtype=sharding.matmul_dtype(dtype)
     )
@@ -66,14 +69,17 @@ class Policy:
     """Returns samples of each prompt; options as for `decode.Sampler`."""
     with jax.set_mesh(self.mesh):
       return self._sampler.sample(
-        prompts, settings, eos_id=self.tokenizer.eos_token_id, **options
+        prompts, settings, stop_ids=self.stop_ids, **options
       )
 
   def responses(
     self, prompt: Sequence[int], samples: Sequence[decode.Sample]
   ) -> list[str]:
-    """Returns the texts of samples of a prompt; see `tokenize.decode`."""
-    tokens = [sample.tokens for sample in samples]
+    """Returns the texts of samples of a prompt; see `tokenize.decode`.
+
+    A stop token is not of them, special or not.
+    """
+    tokens = [sample.content for sample in samples]
     return tokenize.decode(self.tokenizer, [prompt] * len(samples), tokens)[1]
 
   def logps(
@@ -161,10 +167,10 @@ def write_samples(
   """Samples a model into a file of JSON lines, in the order of the prompts.
 
   A line has `index` (of the prompt), `sample`, `prompt`, `response`,
-  `temperature`, `step` (where it is given), `num_tokens`, `ended` (whether EOS
-  was reached) and `logp` (of the response under the model itself, nats). What
-  is done stands in `output`.part, from which the same call goes on, to the same
-  samples.
+  `temperature`, `step` (where it is given), `num_tokens`, `ended` (whether a
+  stop token was reached) and `logp` (of the response under the model itself,
+  nats). What is done stands in `output`.part, from which the same call goes on,
+  to the same samples.
 
   Args:
     path: run folder, Hugging Face folder or hub name.
@@ -223,7 +229,7 @@ def write_samples(
         done[index] = [
           {"index": index, "sample": number, "prompt": prompts[index]} | line
           for number, line in enumerate(
-            _lines(policy, tokens[index], samples, shown)
+            _lines(policy, prompts[index], tokens[index], samples, shown)
           )
         ]
         file.write(json.dumps({"index": index, "lines": done[index]}) + "\n")
@@ -246,17 +252,17 @@ def write_samples(
     part.unlink()
 
 
-def _lines(policy, prompt, samples, shown):
+def _lines(policy, prompt, ids, samples, shown):
   """Returns what the file says of the samples of a prompt."""
   return [
-    {"response": text}
+    {"response": chat.content(policy.tokenizer, prompt, text)}
     | shown
     | {
       "num_tokens": len(sample.tokens),
-      "ended": sample.tokens[-1] == policy.tokenizer.eos_token_id,
+      "ended": sample.ended,
       "logp": float(sample.logps.sum(dtype=np.float64)),
     }
-    for sample, text in zip(samples, policy.responses(prompt, samples))
+    for sample, text in zip(samples, policy.responses(ids, samples))
   ]
 
 

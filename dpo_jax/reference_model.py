@@ -74,9 +74,11 @@ def make(
       return build(mode, shared[0]), shared[1]
   dtype = policy.dtype if options["dtype"] == "auto" else options["dtype"]
   if not path:
-    model = dataclasses.replace(policy, param_dtype=dtype)
+    model = policy.frozen(dtype)
     copy = functools.partial(
-      state.copy_params, dtype=dtype, shardings=shardings
+      state.copy_params,
+      like=transformer.param_shapes(model),
+      shardings=shardings,
     )
     return build(mode, model), lambda params: copy(ppo.decoder_params(params))
   opened = source.open_model(path)
@@ -86,13 +88,11 @@ def make(
       f" {opened.config.vocab_size} tokens and the policy's"
       f" {policy.vocab_size}"
     )
-  settings = {**compute, "param_dtype": dtype}
-  model = dataclasses.replace(opened.config, **settings)
+  model = dataclasses.replace(opened.config, **compute).frozen(dtype)
   layouts = transformer.layouts(mesh, model)
   reference = build(mode, model)
-  alike = dataclasses.replace(model, param_dtype=policy.param_dtype)
-  shapes = transformer.param_shapes
-  if reference.moves and shapes(alike) != shapes(policy):
+  shapes = lambda config: transformer.param_shapes(config.frozen("float32"))
+  if reference.moves and shapes(model) != shapes(policy):
     raise ValueError(
       f"reference.mode={mode!r}: the reference at {path!r} has"
       " parameters of other shapes than the policy's, to which it should move"

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,13 @@ from dpo_jax.training import iteration, loop, ppo, state, steps
 from dpo_jax.types import Array
 
 BATCH_ROWS = 256  # responses that grow at once
+# The group `ppo` of a config where nothing of it was changed.
+DEFAULTS = {
+  **{field.name: field.default for field in dataclasses.fields(ppo.Settings)},
+  "reward": "",
+  "max_new_tokens": 128,
+  "temperature": 1.0,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +49,16 @@ class Reinforcement:
   def updates_per_step(self) -> int:
     """Updates of the parameters in an iteration, which is a step of a run."""
     return self.settings.epochs * self.settings.minibatches
+
+
+def check_unused(options: Mapping[str, Any], loss_name: str) -> None:
+  """Raises ValueError where an option of PPO is set for another loss."""
+  for key, default in DEFAULTS.items():
+    if options[key] != default:
+      raise ValueError(
+        f"ppo.{key}={options[key]!r}: loss '{loss_name}' does not honour it;"
+        " 'ppo' does"
+      )
 
 
 def check(
@@ -132,6 +149,7 @@ def make_iteration(
   reference: ModelConfig,
   *,
   tokenizer: tokenize.Tokenizer,
+  stop_ids: Sequence[int],
   optimizer: optax.GradientTransformation,
   mesh: Mesh,
 ) -> iteration.Iteration:
@@ -150,11 +168,21 @@ def make_iteration(
       prompts,
       options.sampling,
       seed=options.seed,
-      eos_id=tokenizer.eos_token_id,
+      stop_ids=stop_ids,
       batch_rows=min(len(prompts), BATCH_ROWS),
       indices=numbers,
     )
-    return [sample.tokens for (sample,) in found]
+    samples = [sample for (sample,) in found]
+    return [x.tokens for x in samples], [x.ended for x in samples]
+
+  def score(prompts, responses, ended):
+    # The stop token is no text, special or not.
+    content = [
+      tokens[:-1] if has_end else tokens
+      for tokens, has_end in zip(responses, ended, strict=True)
+    ]
+    texts = tokenize.decode(tokenizer, prompts, content)
+    return reward_fn(*texts, ended=ended)
 
   return iteration.Iteration(
     options.settings,
@@ -164,7 +192,7 @@ def make_iteration(
     rows=options.rows,
     max_new_tokens=options.sampling.max_new_tokens,
     generate_fn=generate,
-    score_fn=lambda *tokens: reward_fn(*tokenize.decode(tokenizer, *tokens)),
+    score_fn=score,
     mesh=mesh,
     seed=options.seed,
   )
@@ -193,6 +221,8 @@ def make_step(
     # Responses come to the host and go back, which the loop else forbids.
     with jax.transfer_guard("allow"):
       train_state, metrics = iterate(train_state, k, prompts)
+      # The next one samples before the loop looks at these.
+      loop.check_finite(k + 1, jax.device_get(metrics))
       metrics["learning_rate"] = learning_rate(k * options.updates_per_step)
     return train_state, metrics
 

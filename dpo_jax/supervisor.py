@@ -15,7 +15,8 @@ import sys
 import threading
 import time
 
-PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+from dpo_jax import endings
+
 # Lines of the coordination service begin so; those after them may be more.
 NOISE = re.compile(
   rb"^[IWEF]\d{4} \S+ +\d+ (coordination_service|preemption_sync|client\.h)",
@@ -53,6 +54,7 @@ def start() -> None:
   os.dup2(child_errors, sys.stderr.fileno())
   os.close(child_errors)
   threading.Thread(target=_end_with_parent, args=(alive,), daemon=True).start()
+  endings.listen()
 
 
 def _end_with_parent(alive: int) -> None:
@@ -62,7 +64,8 @@ def _end_with_parent(alive: int) -> None:
 
 def _watch(child: int, errors: int) -> int:
   """Returns the exit status of the child, whose stderr is passed on."""
-  for number in PASSED_ON:
+  signal.set_wakeup_fd(-1)  # the child alone hears of signals
+  for number in endings.SIGNALS:
     signal.signal(number, lambda n, frame: os.kill(child, n))
   held = _Held()
   while True:

@@ -12,16 +12,17 @@ import jax
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from dpo_jax import endings, files, processes, reinforcement, sharding
 from dpo_jax import experiment as experiment_lib
-from dpo_jax import files, processes, reinforcement, sharding
 from dpo_jax.checkpoints import (
   fingerprints,
   manager,
   reader,
   run_folder,
   source,
+  stop_tokens,
 )
-from dpo_jax.data import loader
+from dpo_jax.data import loader, tokenize
 from dpo_jax.evaluation import preferences
 from dpo_jax.experiment import Experiment
 from dpo_jax.models import (
@@ -50,6 +51,8 @@ def train(config: ConfigDict, workdir: str) -> bool:
 
   Raises:
     ValueError: something in the config, the data or the folder is not right.
+    endings.NotFiniteError: a loss, a gradient or the weights are not finite;
+      what was saved before stays.
   """
   _agree(config, workdir)
   with run_folder.owned(workdir, "trains in"):
@@ -106,6 +109,25 @@ def describe(experiment: Experiment) -> Iterator[str]:
     f"{experiment.schedule.last_step} steps of {batches.batch_size} pairs;"
     f" {batches.num_pairs} pairs"
   )
+  yield from _describe_warmup(experiment)
+  for term in scorer.objective.terms:
+    for text in term.loss.paragraphs("Beware:"):
+      yield f"beware, {term.loss.name}: {text}"
+
+
+def _describe_warmup(experiment):
+  """Yields a line where the run ends before its warm-up does."""
+  warmup = experiment.settings["optimizer"]["warmup_steps"]
+  updates, unit = experiment.schedule.last_step, "steps"
+  if experiment.reinforcement:
+    updates *= experiment.reinforcement.updates_per_step
+    unit = "updates"
+  if warmup > updates:
+    highest = float(experiment.learning_rate(updates - 1))
+    yield (
+      f"warm-up of {warmup} {unit} is longer than the run of {updates}: the"
+      f" rate never exceeds {highest:.2g}"
+    )
 
 
 def init_state(
@@ -203,7 +225,7 @@ def _with_cached_reference(
   prints = jax.device_get(reader.fingerprints(params))
   prints = {name: int(value) for name, value in prints.items()}
 
-  def with_logps(batches):
+  def with_logps(batches, as_trained=False):
     compute = functools.partial(
       scoring.response_logps,
       model,
@@ -212,6 +234,7 @@ def _with_cached_reference(
       batches,
       experiment.mesh,
       chunk_length=scorer.chunk_length,
+      as_trained=as_trained,
     )
     key = reference_lib.cache_key(batches, model, prints, scorer.objective)
     shape = (batches.num_pairs, batches.num_columns)
@@ -223,7 +246,7 @@ def _with_cached_reference(
   evaluated = experiment.eval_loader
   return dataclasses.replace(
     experiment,
-    loader=with_logps(experiment.loader),
+    loader=with_logps(experiment.loader, as_trained=True),
     eval_loader=evaluated and with_logps(evaluated),
   )
 
@@ -260,7 +283,13 @@ def _train(experiment: Experiment, workdir: pathlib.Path) -> bool:
       wandb_project=experiment.wandb_project,
       config=experiment.settings,
     ) as record:
-      return _run_loop(experiment, first, done, checkpoints, record)
+      finished = _run_loop(experiment, first, done, checkpoints, record)
+    if not finished:
+      step = checkpoints.latest_step()
+      processes.say(
+        f"saved at step {step}; the same command goes on from there"
+      )
+    return finished
 
 
 def _saved(
@@ -281,20 +310,31 @@ def _run_loop(experiment, first, done, checkpoints, record) -> bool:
   batches = loader.prefetch(batch_fn, done, experiment.schedule.last_step)
 
   def save(step, train_state, eval_metrics):
+    if not state.is_finite(train_state.params):
+      raise endings.NotFiniteError(f"step {step}: the weights are not finite")
     checkpoints.save(
       step, _saved(experiment, train_state), eval_metrics, force=True
     )
 
-  _, finished = loop.run(
-    first,
-    train_step=train_step,
-    batches=batches,
-    waited=lambda: batches.wait_seconds,
-    schedule=experiment.schedule,
-    eval_fn=eval_fn,
-    save_fn=save,
-    record_fn=record.write,
-  )
+  try:
+    _, finished = loop.run(
+      first,
+      train_step=train_step,
+      batches=batches,
+      waited=lambda: batches.wait_seconds,
+      schedule=experiment.schedule,
+      eval_fn=eval_fn,
+      save_fn=save,
+      wait_fn=checkpoints.wait,
+      record_fn=record.write,
+    )
+  except endings.NotFiniteError as error:
+    checkpoints.wait()
+    saved = checkpoints.latest_step()
+    last = "none was saved" if saved is None else f"that of step {saved} stays"
+    raise endings.NotFiniteError(
+      f"{error}: the run ends; last good checkpoint: {last}"
+    ) from error
   return finished
 
 
@@ -306,6 +346,7 @@ def _make_ppo(experiment):
     experiment.scorer,
     experiment.reference.model,
     tokenizer=experiment.tokenizer,
+    stop_ids=experiment.stop_ids,
     optimizer=experiment.optimizer,
     mesh=experiment.mesh,
   )
@@ -323,9 +364,11 @@ def _write_run_files(experiment, workdir):
         str(folder),
         experiment.scorer.policy,
         bos_token_id=experiment.tokenizer.bos_token_id,
-        eos_token_id=experiment.tokenizer.eos_token_id,
+        eos_token_id=stop_tokens.in_config(experiment.stop_ids),
       )
-      experiment.tokenizer.save_pretrained(folder)
+      tokenize.save_tokenizer(experiment.tokenizer, folder)
+      if experiment.scorer.policy.head == "vocabulary":
+        stop_tokens.write(folder, experiment.stop_ids, experiment.opened)
       if experiment.scorer.policy.lora:
         base = experiment.settings["model"]["path"]
         source.write_lora(folder, experiment.scorer.policy.lora, base)

@@ -16,7 +16,10 @@ SOURCE = flags.DEFINE_string(
 )
 TARGET = flags.DEFINE_string("target", None, "Folder to write.")
 STEP = flags.DEFINE_integer(
-  "step", None, "Checkpoint of a run; the newest, of a reward model the best."
+  "step",
+  None,
+  "Checkpoint of a run; the newest, of a reward model the best.",
+  0,
 )
 DTYPE = flags.DEFINE_enum(
   "dtype", "float32", ["float32", "bfloat16"], "Of the weights written."

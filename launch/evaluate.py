@@ -75,11 +75,12 @@ JUDGE = flags.DEFINE_string(
 ORDER = flags.DEFINE_string(
   "order", "both", "both: every comparison twice, swapped; or random: once."
 )
-SEED = flags.DEFINE_integer("seed", 0, "Of random orders and intervals.", 0)
+SEED = flags.DEFINE_integer("seed", 0, "Of random orders.", 0)
 PROMPT = flags.DEFINE_string(
   "judge_prompt",
   None,
-  "dialogue, summary_simple or summary_concise; else dialogue.",
+  "dialogue, summary_simple or summary_concise; else dialogue, which is refused"
+  " where prompts ask for a summary (they end in TL;DR: or Summary:).",
 )
 ASKS = flags.DEFINE_integer(
   "judge_asks", None, "Of a comparison whose answers are malformed; else 3."

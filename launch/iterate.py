@@ -6,9 +6,10 @@
     --config.loss.beta=1 --config.steps=60
 
 A round samples the policy, scores the samples with a reward, pairs them and
-trains the config's loss on the pairs. With --min_margin above 0 it is Direct
-Nash Optimization in its practical form (arXiv 2404.03715). The same command
-started again goes on where it was; --rounds may grow.
+trains the config's loss on the pairs. With --min_margin above 0 it is as Direct
+Nash Optimization (arXiv 2404.03715) with a reward in place of its judge and
+without its stronger model. The same command started again goes on where it was;
+--rounds may grow.
 """
 
 from absl import flags
@@ -41,7 +42,7 @@ MAX_NEW_TOKENS = flags.DEFINE_integer(
   "max_new_tokens", 256, "At which length a response is cut.", lower_bound=1
 )
 TEMPERATURE = flags.DEFINE_float(
-  "temperature", 1.0, "At 1, the KL that is shown has no bias."
+  "temperature", 1.0, "The KL that is shown is of what is sampled at it."
 )
 TOP_P = flags.DEFINE_float("top_p", 1.0, "1: all tokens.")
 PAIRS = flags.DEFINE_enum(
@@ -66,10 +67,10 @@ flags.mark_flags_as_required(["config", "workdir", "policy", "reward", "data"])
 
 
 def main(argv: list[str]) -> int:
-  """Returns 0 when the rounds finished, 143 when told to stop."""
+  """Returns 0 when the rounds finished, 128 + n when signal n stopped them."""
   if MULTIHOST.value:
     supervisor.start()
-  from dpo_jax import processes
+  from dpo_jax import endings, processes
   from dpo_jax.pipelines import iterative
   from dpo_jax.sampling import decode
 
@@ -92,7 +93,7 @@ def main(argv: list[str]) -> int:
     finished = iterative.run(
       CONFIG.value, WORKDIR.value, settings, rounds=ROUNDS.value
     )
-  return 0 if finished else 143
+  return 0 if finished else endings.status()
 
 
 if __name__ == "__main__":

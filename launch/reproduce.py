@@ -39,7 +39,9 @@ MODEL = flags.DEFINE_string(
 
 
 def main(argv: list[str]) -> int:
-  """Returns 0 when the experiment finished, 143 when told to stop."""
+  """Returns 0 when the experiment finished, 128 + n stopped by signal n."""
+  from dpo_jax import endings
+
   name = " ".join(argv[1:])
   if name not in RECIPES:
     raise ValueError(
@@ -50,7 +52,7 @@ def main(argv: list[str]) -> int:
   cli.check_flags(name, needed, optional)
   recipe, *_ = RECIPES[name]
   with files.owned_folder(WORKDIR.value, "works in"):
-    return 0 if recipe(WORKDIR.value) else 143
+    return 0 if recipe(WORKDIR.value) else endings.status()
 
 
 def _quickstart(workdir: str) -> bool:

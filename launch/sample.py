@@ -16,7 +16,7 @@ from launch import cli
 SOURCE = flags.DEFINE_string(
   "source", None, "Run folder, Hugging Face folder or hub name."
 )
-STEP = flags.DEFINE_integer("step", None, "Of a run; else its newest.")
+STEP = flags.DEFINE_integer("step", None, "Of a run; else its newest.", 0)
 DATA = flags.DEFINE_string("data", None, "File of prompts.")
 DATA_SOURCE = flags.DEFINE_string(
   "data_source",
@@ -40,7 +40,7 @@ TEMPERATURE = flags.DEFINE_float(
 )
 TOP_K = flags.DEFINE_integer("top_k", 0, "0: all tokens.")
 TOP_P = flags.DEFINE_float("top_p", 1.0, "1: all tokens.")
-SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
+SEED = flags.DEFINE_integer("seed", 0, "Of the draws.", 0, 2**63 - 1)
 BATCH_ROWS = flags.DEFINE_integer(
   "batch_rows", 256, "Responses that grow at once.", lower_bound=1
 )

@@ -14,7 +14,9 @@ from launch import cli
 
 DATA = flags.DEFINE_multi_string("data", None, "File of text.")
 OUTPUT = flags.DEFINE_string("output", None, "Folder to write.")
-VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 8192, "Tokens, above 256.")
+VOCAB_SIZE = flags.DEFINE_integer(
+  "vocab_size", 8192, "Tokens, above 256.", 257, 2**22
+)
 DATA_SOURCE = flags.DEFINE_string(
   "data_source", "jsonl", "What reads the data: hh, imdb, tldr, jsonl, hub."
 )

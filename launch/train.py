@@ -28,14 +28,14 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(argv: list[str]) -> int:
-  """Returns 0 when the run finished, 143 when it was told to stop."""
+  """Returns 0 when the run finished, 128 + n when signal n stopped it."""
   if MULTIHOST.value:
     supervisor.start()
-  from dpo_jax import processes, trainer
+  from dpo_jax import endings, processes, trainer
 
   with processes.joined(MULTIHOST.value):
     finished = trainer.train(CONFIG.value, WORKDIR.value)
-  return 0 if finished else 143
+  return 0 if finished else endings.status()
 
 
 if __name__ == "__main__":

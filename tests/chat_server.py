@@ -14,9 +14,11 @@ class ChatServer:
   """Speaks the protocol; answers faults first, in turn.
 
   Attributes:
-    faults: of the requests to come: `DROP`, `HANG`, bytes of a body, or a
-      tuple of status, headers and message.
+    faults: of the requests to come: `DROP`, `HANG`, bytes of a body, a tuple
+      of status, headers and message, or a function from the request's headers
+      to the bytes of the whole response, status line included.
     requests: the bodies that were received.
+    headers: those of the newest request.
     reply_fn: the messages of a request -> the text of the answer.
     usage: what every answer says that it took.
   """
@@ -24,6 +26,7 @@ class ChatServer:
   def __init__(self, reply_fn: Callable[[list[dict]], str]):
     self.faults = []
     self.requests = []
+    self.headers = {}
     self.reply_fn = reply_fn
     self.usage = {"prompt_tokens": 100, "completion_tokens": 7}
     self.lock = threading.Lock()
@@ -53,11 +56,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
     with chat.lock:
       chat.requests.append(body)
+      chat.headers = dict(self.headers)
       fault = chat.faults.pop(0) if chat.faults else None
     if fault == DROP:
       self.close_connection = True
     elif fault == HANG:
       chat.hang_is_over.wait(10)
+    elif callable(fault):
+      self.wfile.write(fault(self.headers))
+      self.close_connection = True
     elif isinstance(fault, bytes):
       self._send(200, {}, fault)
     elif fault is not None:

@@ -58,7 +58,7 @@ CASES = {
   ),
   "an unknown loss": (
     "--config=configs/pairs.py:dpoo",
-    "unknown loss 'dpoo'; known: aot",
+    "unknown loss 'dpoo'; known: alpha_po",
   ),
   "an unknown loss by its key": (
     "--config.loss.name=dpoo",
@@ -75,7 +75,8 @@ CASES = {
   "beta at 0": ("--config.loss.beta=0", "loss.beta=0: must be above 0"),
   "a batch larger than the data": (
     "--config.batch_size=5",
-    "batch_size=5: larger than the data (4 pairs in {}/good.jsonl)",
+    "batch_size=5: larger than the data (4 pairs in {}/good.jsonl); pass"
+    " --config.batch_size=4 or less",
   ),
   "a mesh that does not fit": (
     "--config.mesh.fsdp=3",
@@ -87,7 +88,7 @@ CASES = {
   ),
   "a modifier that the loss cannot honour": (
     "--config=configs/pairs.py:aot --config.loss.wpo=True",
-    "loss 'aot' does not honour loss.wpo; losses that do: apo_down",
+    "loss 'aot' does not honour loss.wpo; losses that do: alpha_po",
   ),
   "an optimizer's option": (
     "--config.optimizer.b1=0.9",

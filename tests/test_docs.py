@@ -38,6 +38,36 @@ def test_formula_and_source_are_read_from_a_docstring():
   )
 
 
+def test_differences_and_dangers_are_listed_below_the_tables():
+  loss = with_docstring("""Returns -ls(z).
+
+  Rafailov et al. 2023 (DPO, arXiv 2305.18290).
+
+  Differs: two
+  lines.
+
+  Beware: of it.
+  """)
+  assert losses.notes(loss) == [
+    "- `dpo` differs: two lines.\n",
+    "- `dpo` beware: of it.\n",
+  ]
+  page = losses.page()
+  for said in (
+    "- `bco` differs: there are no density ratios",
+    "- `discopop` beware: where tau is below",
+    "`mpo` is the weighted sum `dpo:0.8,bco_pair:0.2,sft:1`. Of its source two",
+  ):
+    assert said in page
+
+
+def test_beta_dpo_starts_where_its_authors_ran():
+  # Their 1 + 0.6 (mean(d) - m), with this batch in m: 0.9 m0 + 0.1 mean(d).
+  start = losses.configs.get("beta_dpo")
+  wanted = 0.6 * start["momentum"] / start["beta"]
+  assert start["alpha"] == pytest.approx(wanted)
+
+
 def test_docstrings_without_a_formula_or_a_source_are_refused():
   with pytest.raises(ValueError, match="'dpo': must begin 'Returns"):
     losses.formula(with_docstring("The loss -ls(z)."))

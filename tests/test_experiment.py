@@ -1,16 +1,21 @@
 """What an experiment makes of its config and its model together."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
 import pytest
 
 from configs import quickstart
-from dpo_jax import experiment
+from dpo_jax import experiment, trainer
+from dpo_jax import policy as policy_lib
+from dpo_jax.checkpoints import source, stop_tokens
 from dpo_jax.data import synthetic
+from dpo_jax.evaluation import held_out, local_judge
 from dpo_jax.models import config as model_config
 from dpo_jax.models import huggingface, transformer
+from dpo_jax.rewards import learned
 
 
 def _build(monkeypatch, tmp_path, **changes):
@@ -40,6 +45,19 @@ def test_pairs_longer_than_a_window_are_laid_out_as_two_sequences(
   assert built.loader.layout == built.eval_loader.layout == layout
   said = f"longer than the {window} keys" in capsys.readouterr().out
   assert said == (layout == "padded")
+
+
+@pytest.mark.parametrize("loss, warns", [("discopop", True), ("dpo", False)])
+def test_a_run_says_at_its_start_what_its_loss_is_warned_of(
+  loss, warns, tmp_path
+):
+  config = quickstart.get_config(loss)
+  config.data.path, config.data.eval_path = "pairs:16", ""
+  config.data.cache_dir = str(tmp_path)
+  config.batch_size = 8
+  *_, last = trainer.describe(experiment.build(config))
+  begin = "beware, discopop: where tau is below (1 - log 2) / 3 = 0.102, the fi"
+  assert last.startswith(begin) == warns
 
 
 def test_experts_that_a_mesh_does_not_divide_are_refused(monkeypatch, tmp_path):
@@ -102,3 +120,64 @@ def test_a_metric_that_evaluations_lack_is_refused(
     _build_from(tmp_path / "lm", loss, tmp_path, metric=metric)
   built = _build_from(tmp_path / "lm", loss, tmp_path)
   assert built.best_metric == "loss"
+
+
+def test_a_run_folder_keeps_what_ends_a_response(tmp_path):
+  model = tmp_path / "lm"
+  _saved(model, "vocabulary")
+  values = {"eos_token_id": [7, 5], "top_p": 0.9}
+  (model / "generation_config.json").write_text(json.dumps(values))
+  built = _build_from(model, "dpo", tmp_path)
+  stops = (built.tokenizer.eos_token_id, 7, 5)
+  assert built.stop_ids == stops
+  trainer._write_run_files(built, tmp_path / "run")
+  (tmp_path / "run/checkpoints").mkdir()
+  opened = source.open_model(str(tmp_path / "run"))
+  assert stop_tokens.find(built.tokenizer, opened) == stops
+  written = tmp_path / "run/model/generation_config.json"
+  assert json.loads(written.read_text()) == {
+    "eos_token_id": list(stops),
+    "top_p": 0.9,
+  }
+
+
+def _raise_highest_id(folder, token_id):
+  """Gives one word of a tokenizer a higher id, so that ids have holes."""
+  path = folder / "tokenizer.json"
+  content = json.loads(path.read_text())
+  words = content["model"]["vocab"]
+  words[max(words, key=words.get)] = token_id
+  path.write_text(json.dumps(content))
+
+
+def test_a_preset_has_a_row_for_the_highest_id(tmp_path):
+  synthetic.make_tokenizer().save_pretrained(tmp_path)
+  _raise_highest_id(tmp_path, 700)
+  config = quickstart.get_config("dpo")
+  config.model.preset, config.model.tokenizer = "tiny", str(tmp_path)
+  config.data.path, config.data.eval_path = "pairs:16", "pairs:8"
+  config.data.cache_dir = str(tmp_path / "cache")
+  config.batch_size = 8
+  assert experiment.build(config).scorer.policy.vocab_size == 701
+  config.model.vocab_size = 700
+  with pytest.raises(ValueError, match="with id 700, and the model has 700"):
+    experiment.build(config)
+
+
+def test_whoever_reads_ids_refuses_those_that_a_model_has_no_row_for(tmp_path):
+  folder, scalar = tmp_path / "lm", tmp_path / "rm"
+  for path, head in ((folder, "vocabulary"), (scalar, "reward")):
+    _saved(path, head)
+    _raise_highest_id(path, 700)
+  settings = held_out.make_settings(str(folder), reference="x", beta=1.0)
+  for read in (
+    lambda: _build_from(folder, "dpo", tmp_path),
+    lambda: policy_lib.Policy(str(folder)),
+    lambda: local_judge.make_logps_fn(str(folder)),
+    lambda: learned.load(str(scalar)),
+    lambda: held_out.evaluate(
+      settings, ["absent"], "", data_source="jsonl", split=""
+    ),
+  ):
+    with pytest.raises(ValueError, match="with id 700, and the model has"):
+      read()

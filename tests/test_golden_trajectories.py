@@ -1,10 +1,12 @@
 """Twelve updates from the command a user types, beside TRL's own numbers.
 
 The golden runs (model, pairs, settings, TRL 1.16.0's metrics of every step)
-lie in the shared folder, `golden/trl_trajectory_{llama,gpt2}`.
+lie in the shared folder, `golden/trl_trajectory_{llama,gpt2,sentencepiece}`.
+The tokenizer of the last puts a space in front of every text.
 """
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -22,19 +24,19 @@ RUNS = {
   "nca_pair": ("nca", {"beta": 0.1}),
   "robust": ("robust", {"label_smoothing": 0.1}),
   "ld_dpo": ("dpo", {"ld_alpha": 0.5}),
-  "wpo": ("dpo", {"wpo": True}),
+  "wpo": ("dpo", {"wpo": True, "wpo_max_weight": math.inf}),
   "mpo": ("mpo", {}),
 }
 
 
-QUICK = [("llama", "wpo"), ("gpt2", "sigmoid")]
+QUICK = [("llama", "wpo"), ("gpt2", "sigmoid"), ("sentencepiece", "ipo")]
 ALL = [
   pytest.param(
     family,
     run,
     marks=[] if (family, run) in QUICK else [pytest.mark.slow],
   )
-  for family in ("llama", "gpt2")
+  for family in ("llama", "gpt2", "sentencepiece")
   for run in RUNS
 ]
 

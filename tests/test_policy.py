@@ -1,12 +1,13 @@
 """A model that samples and scores; the command that writes samples."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
-from dpo_jax import files
+from dpo_jax import export, files
 from dpo_jax import policy as policy_lib
 from dpo_jax.data import tokenize
 from dpo_jax.sampling import decode
@@ -41,10 +42,16 @@ def test_greedy_of_a_pretrained_model_is_its_published_text(policy):
   assert whole.startswith(PROMPTS[0] + STORY)
 
 
-def test_logps_of_samples_are_those_of_the_training_primitive(policy):
+@pytest.fixture(scope="module")
+def sampled(policy):
+  """Returns the tokens of `PROMPTS`, and four samples of each."""
   prompts = tokenize.encode_prompts(policy.tokenizer, PROMPTS)
   settings = decode.Settings(40, temperature=0.8, top_p=0.9)
-  found = policy.sample(prompts, settings, seed=0, samples_per_prompt=4)
+  return prompts, policy.sample(prompts, settings, seed=0, samples_per_prompt=4)
+
+
+def test_logps_of_samples_are_those_of_the_training_primitive(policy, sampled):
+  prompts, found = sampled
   samples = [sample for samples in found for sample in samples]
   scored = policy.logps(
     [prompt for prompt in prompts for _ in range(4)],
@@ -53,6 +60,116 @@ def test_logps_of_samples_are_those_of_the_training_primitive(policy):
   sampled = [sample.logps.sum() for sample in samples]
   assert min(scored) < -10
   np.testing.assert_allclose(sampled, scored, atol=1e-4 * 40)
+
+
+def test_a_response_behind_a_prompt_has_the_logps_of_the_whole_text(policy):
+  """Values of transformers 5.23, float32: the whole text, cut behind prompts.
+
+  The tokenizer puts a space in front of every text that it is given.
+  """
+  story = "Once upon a time, there was a little girl named"
+  rows = [
+    (story, " Lily. She loved to play.", -31.600),
+    (story, " Tom. He was sad.", -42.480),
+    ("Once upon a time,\n", "there was a girl.", -60.466),
+  ]
+  prompts, responses, expected = map(list, zip(*rows, strict=True))
+  logps = policy.logps(
+    tokenize.encode_prompts(policy.tokenizer, prompts),
+    tokenize.encode_responses(policy.tokenizer, prompts, responses),
+  )
+  np.testing.assert_allclose(logps, expected, atol=1e-3)
+
+
+def test_sampled_responses_come_back_as_the_tokens_that_were_sampled(
+  policy, sampled
+):
+  prompts, found = sampled
+  for text, prompt, samples in zip(PROMPTS, prompts, found, strict=True):
+    responses = policy.responses(prompt, samples)
+    again = tokenize.encode_responses(policy.tokenizer, [text] * 4, responses)
+    for sample, ids in zip(samples, again, strict=True):
+      assert ids[: len(sample.tokens)] == sample.tokens
+
+
+def test_a_sampled_reply_is_the_content_of_its_message(policy, monkeypatch):
+  """The space that this template puts in front of it is not said twice."""
+  template = (
+    "{% for m in messages %} {{ m.content }}{{ '' if loop.last else ':' }}"
+  )
+  template += "{% endfor %}{{ ':' if add_generation_prompt }}"
+  tokenizer = policy.tokenizer
+  monkeypatch.setattr(tokenizer, "chat_template", template)
+  chat = [{"role": "user", "content": "Tom"}]
+  reply = [{"role": "assistant", "content": "there was"}]
+  (prompt,) = tokenize.encode_prompts(tokenizer, [chat])
+  (ids,) = tokenize.encode_responses(tokenizer, [chat], [reply])
+  zeros = np.zeros(len(ids), np.float32)
+  sample = decode.Sample(ids, zeros, True, zeros)
+  (line,) = policy_lib._lines(policy, chat, prompt, [sample], {})
+  assert tokenizer.convert_ids_to_tokens(ids[:2]) == ["▁there", "▁was"]
+  assert line["response"] == "there was"
+
+
+@pytest.fixture(scope="module")
+def stopping(folder, policy, tmp_path_factory):
+  """The same model, which ends at its second greedy token as well.
+
+  Its chat template ends a turn with yet another token.
+  """
+  prompts = tokenize.encode_prompts(policy.tokenizer, PROMPTS[:1])
+  settings = decode.Settings(2, temperature=0.0)
+  ((sample,),) = policy.sample(prompts, settings, seed=0)
+  target = tmp_path_factory.mktemp("stopping")
+  (target / "model.safetensors").symlink_to(f"{folder}/model.safetensors")
+  shutil.copy(f"{folder}/config.json", target)
+  tokenizer = tokenize.load_tokenizer(folder)
+  tokenizer.chat_template = (
+    "{% for m in messages %}{{ m.content }}<unk>{% endfor %}"
+  )
+  tokenizer.save_pretrained(target)
+  stops = [tokenizer.eos_token_id, sample.tokens[1]]
+  values = {"eos_token_id": stops, "temperature": 0.6}
+  (target / "generation_config.json").write_text(json.dumps(values))
+  return target, sample.tokens, (*stops, tokenizer.unk_token_id)
+
+
+def test_a_sample_ends_at_any_stop_token_of_its_model(stopping, tmp_path):
+  folder, (first, _), stops = stopping
+  output = tmp_path / "samples.jsonl"
+  policy_lib.write_samples(
+    str(folder),
+    PROMPTS[:1],
+    decode.Settings(24, temperature=0.0),
+    str(output),
+    seed=0,
+    samples_per_prompt=1,
+    max_prompt_length=64,
+  )
+  line = json.loads(output.read_text())
+  assert (line["num_tokens"], line["ended"]) == (2, True)
+  # The stop token is no text of the response, special or not.
+  found = policy_lib.Policy(str(folder))
+  assert found.stop_ids == stops
+  prompt = tokenize.encode_prompts(found.tokenizer, PROMPTS[:1])
+  _, (text,) = tokenize.decode(found.tokenizer, prompt, [[first]])
+  assert line["response"] == text
+
+
+def test_an_export_keeps_every_stop_token_and_the_chat_template(
+  stopping, tmp_path
+):
+  folder, _, stops = stopping
+  export.write(str(folder), str(tmp_path / "exported"))
+  read = lambda name: json.loads((tmp_path / "exported" / name).read_text())
+  assert read("config.json")["eos_token_id"] == list(stops)
+  assert read("generation_config.json") == {
+    "eos_token_id": list(stops),
+    "temperature": 0.6,
+  }
+  exported = tokenize.load_tokenizer(str(tmp_path / "exported"))
+  given = tokenize.load_tokenizer(str(folder))
+  assert exported.chat_template == given.chat_template
 
 
 def _write(folder, output, **options):

@@ -9,12 +9,15 @@ Orbax writes to a temporary folder and renames it, so what a killed process
 leaves is never taken for a checkpoint.
 """
 
-import json
+import contextlib
+import functools
+import logging as stdlib_logging
 import math
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -23,7 +26,9 @@ from absl import logging
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
+from dpo_jax import caches, endings, schema
 from dpo_jax.checkpoints import reader
+from dpo_jax.models import finite
 from dpo_jax.types import Params
 
 # Metrics that may choose the best checkpoint: whether the lowest is the best.
@@ -32,6 +37,8 @@ LOWER_IS_BETTER = {
   "rewards/accuracies": False,
   "rewards/margins": False,
 }
+
+_METRICS = {"metrics": schema.object_of(schema.NUMBER)}
 
 # Each chunk of an array is read whole and beside it. Smaller ones than this
 # come from malloc's arenas, which keep the memory.
@@ -75,8 +82,8 @@ class Manager:
     sign = 1.0 if lower_is_better else -1.0
 
     def badness(metrics: Mapping[str, float] | None) -> float:
-      value = sign * (metrics or {}).get(metric, math.inf * sign)
-      return math.inf if math.isnan(value) else value
+      value = sign * (metrics or {}).get(metric, math.inf)
+      return value if math.isfinite(value) else math.inf
 
     best = checkpoint_managers.BestN(
       get_metric_fn=badness,
@@ -85,17 +92,18 @@ class Manager:
       keep_checkpoints_without_metrics=False,
     )
     latest = checkpoint_managers.LatestN(keep)
-    self._orbax = ocp.CheckpointManager(
-      self._folder,
-      options=ocp.CheckpointManagerOptions(
-        best_fn=badness,  # Orbax writes metrics only where this is set.
-        best_mode="min",
-        preservation_policy=checkpoint_managers.AnyPreservationPolicy(
-          [latest, best]
-        ),
-        cleanup_tmp_directories=True,
+    options = ocp.CheckpointManagerOptions(
+      best_fn=badness,  # Orbax writes metrics only where this is set.
+      best_mode="min",
+      preservation_policy=checkpoint_managers.AnyPreservationPolicy(
+        [latest, best]
       ),
+      cleanup_tmp_directories=True,
     )
+    _hush_failed_writes()
+    self._folder.mkdir(parents=True, exist_ok=True)  # Orbax only logs if not
+    with self._writing():
+      self._orbax = ocp.CheckpointManager(self._folder, options=options)
 
   def save(
     self,
@@ -119,6 +127,7 @@ class Manager:
 
     Raises:
       ValueError: `metrics` lacks the key by which the best one is chosen.
+      OSError: this save, or the one before it, could not be written.
     """
     if metrics is not None and self._metric not in metrics:
       raise ValueError(
@@ -129,30 +138,39 @@ class Manager:
     if not (due or force) or step in self._orbax.all_steps():
       return False
     prints = jax.device_get(reader.fingerprints(state))
-    return self._orbax.save(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.PyTreeSave(
-          state,
-          save_args=jax.tree.map(
-            lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), state
-          ),
-        ),
-        fingerprints=ocp.args.JsonSave(
-          {name: int(value) for name, value in prints.items()}
+    args = ocp.args.Composite(
+      state=ocp.args.PyTreeSave(
+        state,
+        save_args=jax.tree.map(
+          lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), state
         ),
       ),
-      metrics={name: float(x) for name, x in (metrics or {}).items()},
-      force=True,
+      fingerprints=ocp.args.JsonSave(
+        {name: int(value) for name, value in prints.items()}
+      ),
     )
+    metrics = {name: float(x) for name, x in (metrics or {}).items()}
+    with self._writing():
+      return self._orbax.save(step, args=args, metrics=metrics, force=True)
 
   def wait(self) -> None:
-    """Returns when no save is under way; raises what a save raised."""
-    self._orbax.wait_until_finished()
+    """Returns when no save is under way; OSError where one was not written."""
+    with self._writing():
+      self._orbax.wait_until_finished()
 
   def close(self) -> None:
-    """Waits, then ends the threads."""
-    self._orbax.close()
+    """Waits as `wait` does, then ends the threads."""
+    with self._writing():
+      self._orbax.close()
+
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    """Raises no ValueError, which would read as the user's mistake."""
+    try:
+      with endings.writing(self._folder):
+        yield
+    except ValueError as error:
+      raise RuntimeError(f"{self._folder}: a save failed: {error}") from error
 
   def __enter__(self) -> "Manager":
     return self
@@ -210,6 +228,25 @@ class Manager:
     self._orbax.reload()
 
 
+@functools.cache
+def _hush_failed_writes() -> None:
+  """Keeps stderr free of the tracebacks of a save that failed.
+
+  Orbax's threads log each and then raise it; the writes beside the one that
+  failed find their event loop closed, and Python prints that nothing else can.
+  """
+  closed, show = "Event loop is closed", sys.unraisablehook
+  is_shown = lambda record: (
+    record.levelno < stdlib_logging.ERROR
+    or f"{os.sep}orbax{os.sep}" not in record.pathname
+  )
+  logging.get_absl_logger().addFilter(is_shown)
+  stdlib_logging.getLogger("asyncio").addFilter(
+    lambda record: closed not in f"{record.msg} {record.exc_info}"
+  )
+  sys.unraisablehook = lambda x: closed in str(x.exc_value) or show(x)
+
+
 def saved_steps(workdir: str | os.PathLike[str]) -> list[int]:
   """Returns the steps that a run folder holds checkpoints of, ascending."""
   names = ocp.path.step.standard_name_format()
@@ -226,15 +263,23 @@ def best_step(workdir: str | os.PathLike[str], metric: str) -> int | None:
 
   Returns:
     None where no saved step was evaluated.
+
+  Raises:
+    ValueError: an unknown metric, or a step's metrics cannot be read.
   """
+  if metric not in LOWER_IS_BETTER:
+    raise ValueError(
+      f"{workdir}: checkpoint.metric={metric!r}: must be one of"
+      f" {', '.join(LOWER_IS_BETTER)}"
+    )
   sign = -1.0 if LOWER_IS_BETTER[metric] else 1.0
   found = []
   for step in saved_steps(workdir):
     path = _metrics_path(workdir, step)
     value = math.nan
     if path.exists():
-      value = sign * json.loads(path.read_text()).get(metric, math.nan)
-    if not math.isnan(value):
+      value = sign * _read_metrics(path).get(metric, math.nan)
+    if math.isfinite(value):
       found.append((value, step))
   return max(found)[1] if found else None
 
@@ -266,8 +311,9 @@ def restore_params(
     step: which checkpoint; the newest by default.
 
   Raises:
-    ValueError: there is no such checkpoint, it holds other parameters, or it
-      is damaged (a model other than the one asked for would be worse).
+    ValueError: there is no such checkpoint, it holds other parameters, NaN or
+      infinity among them, or it is damaged (a model other than the one asked
+      for would be worse).
   """
   path = _checkpoint(workdir, step)
   wanted = {"params": abstract_params}
@@ -278,9 +324,11 @@ def restore_params(
     raise ValueError(
       f"checkpoint {path} is damaged: {error}; there are {steps}"
     ) from error
-  return jax.tree.map(
+  params = jax.tree.map(
     lambda x, like: x.astype(like.dtype), params, abstract_params
   )
+  finite.check(params, f"checkpoint {path}")
+  return params
 
 
 def _checkpoint(
@@ -308,18 +356,22 @@ def _metrics_path(workdir: str | os.PathLike[str], step: int) -> pathlib.Path:
   return _checkpoints_folder(workdir) / str(step) / "metrics" / "metrics"
 
 
+def _read_metrics(path: pathlib.Path) -> dict[str, float]:
+  """Returns what an evaluation said; ValueError where the file is damaged."""
+  metrics = schema.read(path, {})
+  schema.check({"metrics": metrics}, _METRICS)
+  return metrics
+
+
 def _drop_unreadable_metrics(workdir: str | os.PathLike[str]) -> None:
   """Deletes damaged metrics files, which would keep Orbax from opening."""
   if jax.process_index() == 0:
     for step in saved_steps(workdir):
       path = _metrics_path(workdir, step)
       try:
-        readable = not path.exists() or isinstance(
-          json.loads(path.read_bytes()), dict
-        )
+        if os.path.lexists(path):
+          _read_metrics(path)
       except ValueError:
-        readable = False
-      if not readable:
         logging.warning("%s cannot be read: step %d has no metrics", path, step)
-        path.unlink()
+        caches.remove(path)
   multihost_utils.sync_global_devices("checkpoint metrics read")

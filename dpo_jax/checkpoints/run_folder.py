@@ -8,21 +8,21 @@ finished       empty; there when the run of config.json came to its end
 """
 
 import contextlib
-import json
+import errno
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from dpo_jax import files, processes
+from dpo_jax import files, processes, schema
 
 FINISHED = "finished"
 LENGTH_KEYS = ("steps", "epochs")
 MODEL_FOLDER = "model"
-# What may differ when a run is taken up again.
+# What may differ when a run is taken up again: no update changes by it but in
+# rounding. So may `LENGTH_KEYS`, where the learning rate does not depend on
+# them.
 MUTABLE_KEYS = (
-  "steps",
-  "epochs",
   "microbatch_rows",
   "data.cache_dir",
   "mesh",
@@ -49,6 +49,43 @@ def owned(
   return contextlib.nullcontext()
 
 
+# What is read of a config, by dotted key.
+KINDS = {
+  "steps": schema.integer(0, schema.MAX_INDEX),
+  "epochs": schema.number("a number, at least 0", 0, schema.HUGE),
+  **{
+    f"data.max{part}_length": schema.integer(0, schema.MAX_INDEX)
+    for part in ("", "_prompt")
+  },
+  "loss.beta": schema.NUMBER,
+  "checkpoint.metric": schema.STRING,
+  "reference.mode": schema.STRING,
+  **dict.fromkeys(("model.path", "reference.path", "lora.path"), schema.STRING),
+}
+
+
+def read_config(
+  workdir: str | os.PathLike[str], required: Collection[str] = ()
+) -> dict[str, Any]:
+  """Returns the values of a run's config.json by their dotted keys.
+
+  Args:
+    workdir: the run folder.
+    required: keys that it must have.
+
+  Raises:
+    ValueError: no such file, one that is not JSON, a key that is missing or a
+      value of a wrong kind.
+  """
+  path = pathlib.Path(workdir) / "config.json"
+  values = flatten(schema.read(path, {}))
+  try:
+    schema.check(values, KINDS, required)
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from error
+  return values
+
+
 def check_config(
   workdir: str | os.PathLike[str], config: Mapping[str, Any]
 ) -> None:
@@ -57,25 +94,40 @@ def check_config(
   Raises:
     ValueError: it holds a run of another config; the message says what
       differs.
+    NotADirectoryError: it cannot be a folder.
   """
   path = pathlib.Path(workdir) / "config.json"
+  for folder in path.parents:
+    if folder.exists() and not folder.is_dir():
+      reason = os.strerror(errno.ENOTDIR)
+      raise NotADirectoryError(errno.ENOTDIR, reason, str(folder))
   if not path.exists():
     return
-  try:
-    before = _fixed(json.loads(path.read_text()))
-  except ValueError as error:
-    raise ValueError(f"{path} is not JSON: {error}") from error
-  now = _fixed(config)
+  before, now = read_config(workdir), flatten(config)
+  schedule = now.get("optimizer.schedule", "constant")
+  free = set() if schedule != "constant" else set(LENGTH_KEYS)
+  if before.get("steps") and now.get("steps"):
+    free.add("epochs")  # steps win
   changed = [
-    f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
+    key
     for key in sorted(before.keys() | now.keys())
-    if before.get(key) != now.get(key)
+    if before.get(key) != now.get(key) and not (key in free or _is_mutable(key))
   ]
-  if changed:
-    raise ValueError(
-      f"{workdir} holds a run of another config: {'; '.join(changed)}; give"
-      " another --workdir"
+  if not changed:
+    return
+  allowed = "give another --workdir"
+  if set(changed) <= set(LENGTH_KEYS):
+    allowed = (
+      f"the rate of the steps already done depends on it under"
+      f" optimizer.schedule={schedule!r}; allowed: the old value, or another"
+      " --workdir"
     )
+  differ = (
+    f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in changed
+  )
+  raise ValueError(
+    f"{workdir} holds a run of another config: {'; '.join(differ)}; {allowed}"
+  )
 
 
 def write_config(
@@ -105,7 +157,7 @@ def is_finished(
   folder = pathlib.Path(workdir)
   if not (folder / FINISHED).exists():
     return False
-  before = json.loads((folder / "config.json").read_text())
+  before = read_config(folder, LENGTH_KEYS)
   return all(before[key] == config[key] for key in LENGTH_KEYS)
 
 
@@ -120,9 +172,5 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   return flat
 
 
-def _fixed(tree: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns dotted keys and values, without those that may differ."""
-  is_mutable = lambda key: any(
-    (key + ".").startswith(mutable + ".") for mutable in MUTABLE_KEYS
-  )
-  return {k: v for k, v in flatten(tree).items() if not is_mutable(k)}
+def _is_mutable(key: str) -> bool:
+  return any((key + ".").startswith(group + ".") for group in MUTABLE_KEYS)

@@ -17,7 +17,9 @@ from collections.abc import Callable
 
 import jax
 
+from dpo_jax import schema
 from dpo_jax.checkpoints import manager, run_folder
+from dpo_jax.models import config as model_config
 from dpo_jax.models import huggingface, huggingface_adapters, lora, transformer
 from dpo_jax.models.config import Lora, ModelConfig
 from dpo_jax.types import Params
@@ -30,12 +32,15 @@ class ModelSource:
   Attributes:
     config: the decoder as it was saved.
     tokenizer: the folder that holds its tokenizer.
+    folders: those that hold what its files say of it besides: its own, and
+      of adapters that of their base.
     load: (config, shardings) -> parameters on the mesh, in
       `config.param_dtype`.
   """
 
   config: ModelConfig
   tokenizer: str
+  folders: tuple[str, ...]
   load: Callable[[ModelConfig, Params], Params]
 
 
@@ -57,6 +62,14 @@ class AdapterSource:
 
 
 LORA = "lora.json"  # in a run's model folder
+LORA_KINDS = {
+  "base": schema.STRING,
+  "rank": schema.integer(1, 2**20),
+  "alpha": schema.POSITIVE,
+  "targets": schema.STRING,
+  "dtype": schema.choice(*model_config.CHOICES["param_dtype"]),
+}
+_LORA_FIELDS = LORA_KINDS.keys() - {"base"}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -108,11 +121,16 @@ def open_adapter(path: str, *, step: int | None = None) -> AdapterSource | None:
     step: which checkpoint of a run; the newest by default.
 
   Raises:
-    ValueError: there is no such model, or adapters that cannot be read.
+    ValueError: there is no such model, a step of what is no run, or adapters
+      that cannot be read.
   """
   path, step = split_step(path, step)
   if not is_run(path):
     folder = _resolve(path)
+    if step is not None:
+      raise ValueError(
+        f"step={step}: {path!r} has no steps; allowed: a run folder, or none"
+      )
     if not huggingface_adapters.is_adapter(folder):
       return None
     values = huggingface_adapters.read_config(folder)
@@ -125,18 +143,21 @@ def open_adapter(path: str, *, step: int | None = None) -> AdapterSource | None:
   folder = pathlib.Path(path) / run_folder.MODEL_FOLDER
   if not (folder / LORA).exists():
     return None
-  values = json.loads((folder / LORA).read_text())
+  values = schema.read(folder / LORA, LORA_KINDS, required=LORA_KINDS)
+  base = values.pop("base")
   return AdapterSource(
     folder=str(folder),
-    base=values.pop("base"),
-    lora=lambda config: Lora(**values),
+    base=base,
+    lora=lambda config: Lora(**{name: values[name] for name in _LORA_FIELDS}),
     load=lambda config, shardings: _restore(
       path, step, lora.shapes(config), shardings
     ),
   )
 
 
-def open_model(path: str, *, step: int | None = None) -> ModelSource:
+def open_model(
+  path: str, *, step: int | None = None, above: tuple[str, ...] = ()
+) -> ModelSource:
   """Returns what `model.path` names, without reading any weights.
 
   Args:
@@ -145,14 +166,15 @@ def open_model(path: str, *, step: int | None = None) -> ModelSource:
       base.
     step: which checkpoint of a run. By default the newest; of a reward model
       or classifier the one that its evaluations say is the best.
+    above: adapters whose base this is, or its base's base.
 
   Raises:
     ValueError: there is no such model, or its architecture is unknown.
   """
   adapter = open_adapter(path, step=step)
-  if adapter is not None:
-    return _merged(adapter)
   path, step = split_step(path, step)
+  if adapter is not None:
+    return _merged(adapter, (*above, path))
   if not is_run(path):
     folder = _resolve(path)
 
@@ -160,13 +182,14 @@ def open_model(path: str, *, step: int | None = None) -> ModelSource:
       return huggingface.load_params(folder, config, shardings)
 
     config = huggingface.read_config(folder)
-    return ModelSource(config, str(folder), load_folder)
+    return ModelSource(config, str(folder), (str(folder),), load_folder)
 
   folder = pathlib.Path(path) / run_folder.MODEL_FOLDER
   saved = huggingface.read_config(str(folder))
   if step is None and saved.head != "vocabulary":
-    settings = json.loads((folder.parent / "config.json").read_text())
-    step = manager.best_step(path, settings["checkpoint"]["metric"])
+    key = "checkpoint.metric"
+    settings = run_folder.read_config(path, [key])
+    step = manager.best_step(path, settings[key])
 
   def load_run(config, shardings):
     # A run may have padded its vocabulary otherwise.
@@ -180,7 +203,7 @@ def open_model(path: str, *, step: int | None = None) -> ModelSource:
     fit = functools.partial(transformer.fit_vocabulary, config)
     return jax.jit(fit, out_shardings=shardings)(params)
 
-  return ModelSource(saved, str(folder), load_run)
+  return ModelSource(saved, str(folder), (str(folder),), load_run)
 
 
 def _resolve(path: str) -> str:
@@ -196,11 +219,22 @@ def _resolve(path: str) -> str:
   )
 
 
-def _merged(adapter: AdapterSource) -> ModelSource:
-  """Returns the model that an adapter and its base are together."""
-  if is_same(adapter.base, adapter.folder):
-    raise ValueError(f"{adapter.folder}: the adapter's base is itself")
-  base = open_model(adapter.base)
+def _merged(adapter: AdapterSource, paths: tuple[str, ...]) -> ModelSource:
+  """Returns the model that an adapter and its base are together.
+
+  Args:
+    adapter: to be merged.
+    paths: its own, and those of what it is itself a base of.
+  """
+  if not adapter.base:
+    raise ValueError(f"{adapter.folder}: the adapter does not name its base")
+  below, _ = split_step(adapter.base)
+  if any(is_same(below, path) for path in (*paths, adapter.folder)):
+    raise ValueError(
+      f"{adapter.folder}: the adapter's base {adapter.base!r} is itself, or"
+      " leads back to it"
+    )
+  base = open_model(adapter.base, above=paths)
   config = lora.with_lora(base.config, adapter.lora(base.config))
 
   def load(wanted, shardings):
@@ -219,7 +253,8 @@ def _merged(adapter: AdapterSource) -> ModelSource:
     for name in TOKENIZER_FILES
   )
   tokenizer = adapter.folder if has_own else base.tokenizer
-  return ModelSource(base.config, tokenizer, load)
+  folders = (adapter.folder, *base.folders)
+  return ModelSource(base.config, tokenizer, folders, load)
 
 
 def _restore(

@@ -7,7 +7,7 @@ import tokenizers
 import transformers
 
 from dpo_jax import files
-from dpo_jax.data import examples
+from dpo_jax.data import examples, tokenize
 
 EOS = "<|endoftext|>"
 NUM_BYTES = 256
@@ -58,7 +58,7 @@ def write(
 ) -> None:
   """Writes a tokenizer folder, whole or not at all."""
   with files.folder(path, marker="tokenizer_config.json") as part:
-    tokenizer.save_pretrained(part)
+    tokenize.save_tokenizer(tokenizer, part)
 
 
 def texts(source: str, paths: Sequence[str], split: str) -> Iterator[str]:

@@ -6,28 +6,34 @@ The hash covers the content of the data, the tokenizer, the lengths and
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import pathlib
-import shutil
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
-import filelock
 import numpy as np
 import pyarrow as pa
 from absl import logging
 
+from dpo_jax import caches, endings, schema
 from dpo_jax.data import examples, tokenize
 from dpo_jax.data.packing import PairTokens, Ragged
 
 # To be raised with any change of what a row is tokenised to.
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 SCORE_GAPS = "score_gaps"
 REPORT = "report.json"
+# What a report says: counts, and counts by name.
+_REPORT = {"sha256": schema.STRING} | {
+  field.name: schema.COUNT
+  if field.type is int
+  else schema.object_of(schema.COUNT)
+  for field in dataclasses.fields(tokenize.Report)
+}
 
 
 class TokenDataset:
@@ -120,7 +126,6 @@ def load(
   inputs: str,
   max_length: int,
   max_prompt_length: int,
-  max_response_length: int = 0,
   is_builder: bool = True,
   agree: Callable[[Mapping[str, str]], None] = lambda values: None,
 ) -> TokenDataset:
@@ -135,7 +140,6 @@ def load(
     inputs: one of `examples.INPUTS`.
     max_length: tokens in prompt and response together.
     max_prompt_length: tokens in a prompt.
-    max_response_length: tokens in a response; 0: no bound.
     is_builder: whether this process of the run builds; exactly one must.
       Of several runs one builds, and the others wait for it.
     agree: called twice by every process, with hashes of what the tokens are
@@ -149,7 +153,6 @@ def load(
     "inputs": inputs,
     "max_length": max_length,
     "max_prompt_length": max_prompt_length,
-    "max_response_length": max_response_length,
   }
   dataset = None
   data = examples.fingerprint(source, path, split)
@@ -162,12 +165,15 @@ def load(
     dataset = _open(folder)
   if is_builder and dataset is None:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(folder.with_suffix(".lock")):
+    caches.sweep(folder.parent)
+    with caches.lock(folder):
       dataset = _open(folder)  # another run may have built it meanwhile
       if dataset is None:
-        shutil.rmtree(folder, ignore_errors=True)
+        caches.remove(folder)
         rows = examples.read(source, path, split=split, inputs=inputs)
-        _write(folder, *_tokenize(rows, path, tokenizer, settings))
+        tokenized = _tokenize(rows, path, tokenizer, settings)
+        with endings.writing(folder):
+          _write(folder, *tokenized)
   agree({f"cache of {path}": folder.name})
   dataset = dataset or _open(folder)
   if dataset is None:
@@ -184,7 +190,12 @@ def _tokenize(
   settings: dict[str, Any],
 ) -> tuple[PairTokens, tokenize.Report]:
   """Returns tokens and report; at least one row is kept."""
-  tokens, report = tokenize.tokenize(rows, tokenizer, **settings)
+  tokens, report = tokenize.tokenize(
+    rows,
+    tokenizer,
+    where=functools.partial(examples.where, path),
+    **settings,
+  )
   if report.kept == 0:
     reasons = (f"{reason} ({n})" for reason, n in report.dropped.items())
     raise ValueError(
@@ -197,7 +208,7 @@ def _write(
   folder: pathlib.Path, tokens: PairTokens, report: tokenize.Report
 ) -> None:
   """Writes a cache, whole or not at all."""
-  partial = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
+  partial = caches.partial(folder)
   partial.mkdir(parents=True)
   try:
     ragged = (tokens.prompt, *tokens.responses)
@@ -214,22 +225,44 @@ def _write(
     (partial / REPORT).write_text(json.dumps(written, indent=2) + "\n")
     partial.rename(folder)
   finally:
-    shutil.rmtree(partial, ignore_errors=True)
+    caches.remove(partial)
 
 
 def _open(folder: pathlib.Path) -> TokenDataset | None:
-  """Returns the dataset of a cache; None where it is missing or damaged."""
-  if not folder.exists():
+  """Returns the dataset of a cache; None where there is none, or no whole one.
+
+  A cache can always be made again, so whatever is wrong with it is not an
+  error but said.
+  """
+  if not os.path.lexists(folder):
     return None
   try:
-    written = json.loads((folder / REPORT).read_text())
+    written = schema.read(folder / REPORT, _REPORT, required=_REPORT)
     if written.pop("sha256") != _checksum(folder):
       raise ValueError("its content has changed")
     table = datasets.load_from_disk(folder).data.table
-    return TokenDataset(table, tokenize.Report(**written))
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    logging.warning("Token cache %s is damaged: %s", folder, error)
+    report = tokenize.Report(**written)
+    _check_table(table, report)
+    return TokenDataset(table, report)
+  except Exception as error:  # Whatever `datasets` makes of other folders.
+    reason = " ".join(str(error).split()) or type(error).__name__
+    logging.warning("Token cache %s is damaged: %s", folder, reason)
     return None
+
+
+def _check_table(table: pa.Table, report: tokenize.Report) -> None:
+  """Raises ValueError unless a table is as `_write` writes them."""
+  names = [name for name in table.column_names if name != SCORE_GAPS]
+  is_named = len(names) >= 3 and names == _names(len(names) - 1)
+  if not is_named or len(table) != report.kept:
+    raise ValueError(f"it has {len(table)} rows of {', '.join(names)}")
+  for name, kind in zip(table.column_names, table.schema.types, strict=True):
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    is_right = is_list and kind.value_type == pa.int32()
+    if name == SCORE_GAPS:
+      is_right = kind == pa.float32()
+    if not is_right or table[name].null_count:
+      raise ValueError(f"its column {name} is {kind}")
 
 
 def _checksum(folder: pathlib.Path) -> str:
@@ -237,6 +270,7 @@ def _checksum(folder: pathlib.Path) -> str:
   digest = hashlib.sha256()
   for path in sorted(folder.iterdir()):
     if path.name != REPORT:
+      schema.check_file(path)
       with path.open("rb") as file:
         digest.update(path.name.encode())
         digest.update(hashlib.file_digest(file, "sha256").digest())

@@ -4,8 +4,10 @@ An example is a dict of `prompt, chosen, rejected` (a pair), of `prompt,
 response` (a demonstration), of `prompt, response, label` (a response that is
 labelled by itself), of `prompt, responses` (a ranked list, the best first), or
 of `dropped`, the reason why a row gives none. Prompt and responses are
-strings, or lists of {role, content} messages. A scored pair has `score_gap`
-too, by how much chosen scores above rejected.
+strings, or lists of {role, content} messages (see `messages`); a prompt of
+messages with tools is {messages, tools}. A scored pair has `score_gap` too, by
+how much chosen scores above rejected. What `cuts` says of its responses
+stands in it, too.
 
 A new source is one module with a function `read(path, split)` that yields
 rows, and one line in `SOURCES`. Its rows may have any of these columns:
@@ -21,12 +23,18 @@ rows, and one line in `SOURCES`. Its rows may have any of these columns:
     rejected_score           are asked for
   prompt, response, label    a labelled response: true or 1 is desirable
   prompt, responses          a ranked list of two responses or more
+  tools                      beside messages: what the assistant may call, a
+                             list of objects or its JSON
+  chosen_ended,              beside these: false where a response was cut when
+    rejected_ended, ended    it was sampled; see `cuts`
   dropped                    alone: why the source has nothing of the row
 
 Where demonstrations are asked for, the response of a pair is `chosen`. Where
 labelled responses are asked for, a pair is two of them; where ranked lists
 are, it is one of two. Where prompts are, a row may be any of these, or have
-`prompt` alone. A column `subset`, if a row has it, stands in its
+`prompt` alone. A response of messages may begin with its whole prompt. One that
+holds turns of others than the assistant is dropped, as every token of a
+response is scored. A column `subset`, if a row has it, stands in its
 example as text: evaluations count by it. Other columns are not looked at.
 """
 
@@ -38,7 +46,16 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from dpo_jax.data import hh, hub, imdb, jsonl, synthetic, tldr
+from dpo_jax.data import (
+  cuts,
+  hh,
+  hub,
+  imdb,
+  jsonl,
+  messages,
+  synthetic,
+  tldr,
+)
 
 SOURCES = {
   "hh": hh,
@@ -61,7 +78,7 @@ PROMPTS_DIFFER = "prompts differ"
 NOT_ABOVE = "chosen scores no higher than rejected"
 MIN_SCORE_GAP = 1e-30  # still a float32 above 0, which is what batches hold
 
-Text = str | list[dict[str, Any]]
+Text = str | list[dict[str, Any]] | dict[str, list[dict[str, Any]]]
 
 
 def read(source: str, path: str, *, split: str, inputs: str) -> Iterator[dict]:
@@ -88,16 +105,34 @@ def read(source: str, path: str, *, split: str, inputs: str) -> Iterator[dict]:
     "prompts": _make_prompt,
   }[inputs]
   number = 0
+  is_table = source == "hub" or path.endswith(".parquet")
   for number, row in enumerate(_rows(source, path, split), 1):
-    is_line = ".jsonl" in os.path.basename(path)
-    where = f"{path}, {'line' if is_line else 'row'} {number}"
-    is_dropped = row.keys() == {"dropped"}
-    example = row if is_dropped else make_example(row, where)
+    if row.keys() == {"dropped"}:
+      yield row
+      continue
+    if is_table:
+      row = {name: messages.without_nulls(x) for name, x in row.items()}
+    place = where(path, number)
+    row, tools = _split_tools(row)
+    example = make_example(row, place)
+    if "dropped" not in example:
+      example |= cuts.read(row, example, place)
+    if inputs != "prompts" and not _is_by_assistant(example):
+      example = {"dropped": messages.LATER_TURNS}
+    if tools and isinstance(example.get("prompt"), list):
+      tools = _get_tools(tools, place)
+      example["prompt"] = {"messages": example["prompt"], "tools": tools}
     if "subset" in row:
       example["subset"] = str(row["subset"])
     yield example
   if number == 0:
     raise ValueError(f"{path!r} is empty")
+
+
+def where(path: str, number: int) -> str:
+  """Returns the place of a row, counted from 1, in words for an error line."""
+  is_line = ".jsonl" in os.path.basename(path)
+  return f"{path}, {'line' if is_line else 'row'} {number}"
 
 
 def fingerprint(source: str, path: str, split: str) -> str:
@@ -120,6 +155,13 @@ def _rows(source: str, path: str, split: str) -> Iterator[dict]:
     known = ", ".join(SOURCES)
     raise ValueError(f"unknown data source {source!r}; known: {known}")
   return SOURCES[source].read(path, split)
+
+
+def _is_by_assistant(example: dict) -> bool:
+  """Returns whether nobody else speaks in an example's responses."""
+  responses = [example.get(x, "") for x in ("chosen", "rejected", "response")]
+  responses += example.get("responses", [])
+  return all(map(messages.is_by_assistant, responses))
 
 
 def _make_pair(row: dict, where: str) -> dict:
@@ -175,10 +217,13 @@ def _split_messages(
   """Returns the pair of two lists of messages.
 
   A string prompt that stands beside whole dialogues (as in UltraFeedback) is
-  in them already; beside lone responses it is the user's message.
+  in them already; beside lone responses it is the user's message. So is a
+  prompt of messages, where they begin with it.
   """
   if isinstance(prompt, list):
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    chosen, rejected = (
+      prompt + messages.behind(prompt, x) for x in (chosen, rejected)
+    )
   shared = 0
   for ours, theirs in zip(chosen[:-1], rejected[:-1], strict=False):
     if ours != theirs:
@@ -212,6 +257,8 @@ def _make_demonstration(row: dict, where: str) -> dict:
       prompt = [{"role": "user", "content": prompt}]
     elif isinstance(response, str) and not isinstance(prompt, str):
       response = _as_response(response)
+    if isinstance(response, list):
+      response = messages.behind(prompt, response)
     return {"prompt": prompt, "response": response}
   if "chosen" in row:
     pair = _make_pair(row, where)
@@ -219,14 +266,14 @@ def _make_demonstration(row: dict, where: str) -> dict:
       return pair
     return {"prompt": pair["prompt"], "response": pair["chosen"]}
   if "messages" in row:
-    messages = _get_text(row, "messages", where)
-    is_dialogue = isinstance(messages, list) and len(messages) > 1
-    if not is_dialogue or messages[-1]["role"] != "assistant":
+    dialogue = _get_text(row, "messages", where)
+    is_dialogue = isinstance(dialogue, list) and len(dialogue) > 1
+    if not is_dialogue or dialogue[-1]["role"] != "assistant":
       raise ValueError(
         f"{where}: column 'messages' must be a list of two messages or more,"
         " the last by the assistant"
       )
-    return {"prompt": messages[:-1], "response": messages[-1:]}
+    return {"prompt": dialogue[:-1], "response": dialogue[-1:]}
   if "text" in row:
     text = _get_text(row, "text", where)
     if not isinstance(text, str):
@@ -302,13 +349,36 @@ def _get_text(row: dict, name: str, where: str) -> Text:
   value = row[name]
   if isinstance(value, str):
     return value
-  is_messages = isinstance(value, list) and len(value) > 0
-  if not is_messages or not all(map(_is_message, value)):
+  found = messages.normalise(value)
+  if found is None:
     raise ValueError(
       f"{where}: column {name!r} is {_kind(value)}; allowed: a string, or a"
-      " list of {role, content} messages"
+      " list of {role, content} messages, whose content is a string, a list of"
+      " {type, ...} parts, or null beside tool_calls"
     )
-  return value
+  return found
+
+
+def _split_tools(row: dict) -> tuple[dict, Any]:
+  """Returns a row and its tools, which may stand in its prompt."""
+  prompt = row.get("prompt")
+  if isinstance(prompt, dict) and prompt.keys() == {"messages", "tools"}:
+    return row | {"prompt": prompt["messages"]}, prompt["tools"]
+  return row, row.get("tools")
+
+
+def _get_tools(value: Any, where: str) -> list[dict[str, Any]]:
+  """Returns a column of tools, checked; it may be the JSON of a list."""
+  try:
+    found = json.loads(value) if isinstance(value, str) else value
+  except json.JSONDecodeError:
+    found = None
+  if not isinstance(found, list) or not all(isinstance(x, dict) for x in found):
+    raise ValueError(
+      f"{where}: column 'tools' is {_kind(value)}; allowed: a list of objects,"
+      " or its JSON"
+    )
+  return found
 
 
 def _get_number(row: dict, name: str, where: str) -> float:
@@ -326,15 +396,9 @@ def _get_number(row: dict, name: str, where: str) -> float:
   return float(value)
 
 
-def _is_message(value: Any) -> bool:
-  return isinstance(value, dict) and all(
-    isinstance(value.get(key), str) for key in ("role", "content")
-  )
-
-
 def _kind(value: Any) -> str:
   """Returns what a value is, in words for an error line."""
-  if isinstance(value, list) and value and all(map(_is_message, value)):
+  if messages.normalise(value) is not None:
     return "messages"
   names = {
     str: "a string",

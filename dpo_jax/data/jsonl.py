@@ -11,6 +11,8 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import parquet
 
+from dpo_jax import schema
+
 OPENERS = {".jsonl": open, ".jsonl.gz": gzip.open, ".jsonl.xz": lzma.open}
 EXTENSIONS = (*OPENERS, ".parquet")
 
@@ -42,6 +44,7 @@ def find_extension(path: str) -> str:
   """
   if not os.path.exists(path):
     raise ValueError(f"no such file: {path!r}")
+  schema.check_regular(path)
   for extension in EXTENSIONS:
     if path.endswith(extension):
       return extension
@@ -83,6 +86,7 @@ def lines(path: str, opener: Callable, **options: Any) -> Iterator[str]:
   Raises:
     ValueError: it cannot be read.
   """
+  schema.check_regular(path)
   damaged = (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error)
   try:
     with opener(path, "rt", encoding="utf-8", **options) as file:

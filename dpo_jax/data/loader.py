@@ -72,6 +72,7 @@ def epoch_order(seed: int, epoch: int, num_pairs: int) -> np.ndarray:
 
 
 MISMATCHED, PROMPT = "mismatched", "prompt"
+PROMPT_CHUNK = 4096  # prompts that are read at once to find equal ones
 
 
 class Loader:
@@ -81,10 +82,10 @@ class Loader:
   only its own rows, so that any number of processes sees one global batch.
 
   Beside the responses a pair can have columns of its own for
-    mismatched  the response of the pair that stands half the dataset away,
-                behind this prompt, in rows of its own; of pairs, the chosen
-                and the rejected in turns. Cut so that no sequence is longer
-                than the dataset's longest
+    mismatched  the response to another prompt, of the first pair that has one
+                from half the dataset away on, behind this prompt, in rows of
+                its own; of pairs, the chosen and the rejected in turns. Cut so
+                that no sequence is longer than the dataset's longest
     prompt      the prompt's tokens from the second on, where they stand
   """
 
@@ -121,7 +122,7 @@ class Loader:
     Raises:
       ValueError: a number out of range, an unknown layout, a row length that
         does not hold the longest span, or data that the layout or a column
-        cannot have.
+        cannot have, such as mismatched responses of one prompt alone.
     """
     self.dataset = dataset
     self.reference_logps: np.ndarray | None = None  # f32[n,C]
@@ -138,7 +139,7 @@ class Loader:
     self._num_responses = dataset.lengths.shape[1] - 1
     self._lengths = dataset.lengths
     if MISMATCHED in extra_columns:
-      self._partner, self._partner_column, lengths = _mismatch(dataset.lengths)
+      self._partner, self._partner_column, lengths = _mismatch(dataset)
       self._lengths = np.column_stack([dataset.lengths, lengths])
     spans = packing.span_lengths(dataset.lengths, layout)
     self.row_length = row_length or choose_row_length(
@@ -160,6 +161,13 @@ class Loader:
   def num_columns(self) -> int:
     """C, the sums of log-probabilities that are kept of each pair."""
     return self._num_responses + len(self.extra_columns)
+
+  @property
+  def placement(self) -> tuple[int | str | None, ...]:
+    """What decides which rows a pair first stands in, and where."""
+    seed = self.seed if self.shuffle else None
+    rows = (self.row_length, self.microbatch_rows, self.layout)
+    return (seed, self.batch_size, *rows)
 
   @property
   def has_pairs(self) -> bool:
@@ -184,10 +192,6 @@ class Loader:
       raise ValueError(
         f"layout 'padded': the data has lists of {num_responses} responses, it"
         " holds pairs; allowed: 'mirrored'"
-      )
-    if MISMATCHED in self.extra_columns and self.num_pairs < 2:
-      raise ValueError(
-        "the dataset holds 1 pair; mismatched responses need at least 2"
       )
     if self.layout == "padded" and self.microbatch_rows % 2:
       raise ValueError(
@@ -365,21 +369,47 @@ class Loader:
 
 
 def _mismatch(
-  lengths: np.ndarray,
+  dataset: Dataset,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Returns each pair's partner, which response of it, and how much of that.
 
-  Half the dataset away, as pairs of one prompt often stand side by side.
+  The partner is the first pair with another prompt from half the dataset away
+  on, as pairs of one prompt often stand side by side.
+
+  Raises:
+    ValueError: all pairs have the same prompt.
   """
-  partner = np.roll(np.arange(len(lengths)), -(len(lengths) // 2))
-  prompt, chosen, rejected = lengths.T
-  is_rejected = np.where(
-    (chosen > 0) & (rejected > 0), np.arange(len(lengths)) % 2, rejected > 0
-  )
+  prompt, chosen, rejected = dataset.lengths.T
+  names = _prompt_names(dataset)
+  # From each pair, cyclically, the first one whose prompt is not its own.
+  twice = np.concatenate([names, names])
+  changes = np.flatnonzero(twice[1:] != twice[:-1]) + 1
+  if not len(changes):
+    raise ValueError(
+      f"all {len(names)} pairs have one prompt: a mismatched response needs"
+      " the response to another"
+    )
+  index = np.arange(len(names))
+  partner = np.roll(index, -(len(names) // 2))
+  other = changes[np.searchsorted(changes, partner, side="right")] % len(names)
+  partner = np.where(names[partner] == names, other, partner)
+  is_rejected = np.where((chosen > 0) & (rejected > 0), index % 2, rejected > 0)
   longest = (prompt + np.maximum(chosen, rejected)).max()
   theirs = np.where(is_rejected, rejected, chosen)[partner]
   column = is_rejected[partner].astype(np.int64)
   return partner, column, np.minimum(theirs, longest - prompt)
+
+
+def _prompt_names(dataset: Dataset) -> np.ndarray:
+  """Returns i64[n], equal for the pairs whose prompts are equal."""
+  names: dict[bytes, int] = {}
+  found = []
+  for first in range(0, len(dataset.lengths), PROMPT_CHUNK):
+    last = min(first + PROMPT_CHUNK, len(dataset.lengths))
+    prompts = dataset.take(np.arange(first, last)).prompt
+    for tokens in np.split(prompts.values, prompts.offsets[1:-1]):
+      found.append(names.setdefault(tokens.tobytes(), len(names)))
+  return np.array(found)
 
 
 class Prefetch(Generic[T]):

@@ -1,25 +1,28 @@
-"""Examples to token ids: prompt and responses apart, special tokens once.
+"""Examples to token ids: prompt and responses as one text, cut between them.
 
-Tokenised together, a prompt and a response could merge across the boundary,
-so each is tokenised alone. A prompt gets the beginning-of-sequence token if
-the tokenizer adds one; a response ends with the end-of-sequence token, unless
-truncation cut it off. Messages go through the tokenizer's chat template,
-which writes all special tokens itself.
+A response's tokens stand behind its prompt's in the one text that both make
+(see `continuation`), which is where a model samples them. A prompt gets the
+beginning-of-sequence token if the tokenizer adds one; a response ends with the
+end-of-sequence token, unless truncation cut it off or its row says that it had
+not ended. Messages go through the tokenizer's chat template (see `chat`), which
+writes all special tokens itself.
 """
 
 import array
+import contextlib
 import dataclasses
 import functools
+import glob
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-import jinja2
 import numpy as np
 import transformers
 
-from dpo_jax.data import examples
+from dpo_jax import endings, schema
+from dpo_jax.data import chat, continuation, cuts, examples, token_ids
 from dpo_jax.data.packing import PairTokens, Ragged
 
 CHUNK_ROWS = 1024  # rows that are given to the tokenizer at once
@@ -40,6 +43,7 @@ class Report:
   truncated_prompts: int = 0
   truncated_responses: int = 0
   identical: int = 0  # pairs whose responses are equal, kept
+  not_ended: int = 0  # responses that were cut when they were sampled
   tokens: dict[str, int] = dataclasses.field(default_factory=dict)
 
   def drop(self, reason: str) -> None:
@@ -57,6 +61,8 @@ def report_lines(report: Report) -> list[str]:
     (report.truncated_responses, "truncated responses"),
     (report.identical, "pairs with identical responses (kept)"),
   ]
+  if report.not_ended:
+    rows.append((report.not_ended, "responses that did not end (no EOS)"))
   lines = [f"{count:>10,}  {name}" for count, name in rows]
   for name, total in report.tokens.items():
     mean = total / max(report.kept, 1)
@@ -64,17 +70,23 @@ def report_lines(report: Report) -> list[str]:
   return lines
 
 
-def load_tokenizer(path: str) -> Tokenizer:
+def load_tokenizer(path: str, vocab_size: int | None = None) -> Tokenizer:
   """Returns a tokenizer whose end-of-sequence token is known.
 
   Args:
     path: a folder in Hugging Face format, a `tokenizers` file (*.json), or a
       hub name. A file does not say which of its tokens ends a text: it is the
       first of `END_TOKENS` among its special tokens.
+    vocab_size: of the model that reads its ids; see `token_ids.check`.
 
   Raises:
-    ValueError: no tokenizer there, or none with an end-of-sequence token.
+    ValueError: no tokenizer there, or none with an end-of-sequence token, or
+      one of another model.
   """
+  schema.check_regular(path)
+  for pattern in ("*", "additional_chat_templates/*"):
+    for file in glob.glob(os.path.join(glob.escape(path), pattern)):
+      schema.check_regular(file)
   is_local = path.startswith(("/", ".")) or path.endswith(".json")
   if is_local and not os.path.exists(path):
     raise ValueError(f"no such tokenizer: {path!r}")
@@ -94,7 +106,21 @@ def load_tokenizer(path: str) -> Tokenizer:
       f"tokenizer {path!r} has no end-of-sequence token; it must name one"
       " as eos_token"
     )
+  if vocab_size is not None:
+    token_ids.check(tokenizer, vocab_size)
   return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: str | os.PathLike) -> None:
+  """Writes the files of a tokenizer into a folder, which is made if absent.
+
+  Raises:
+    OSError: they cannot be written.
+  """
+  # Of a file in its place transformers only logs.
+  os.makedirs(folder, exist_ok=True)
+  with endings.writing(folder):
+    tokenizer.save_pretrained(folder)
 
 
 def _load_file(path: str) -> Tokenizer:
@@ -125,14 +151,13 @@ def tokenize(
   inputs: str,
   max_length: int,
   max_prompt_length: int,
-  max_response_length: int = 0,
+  where: Callable[[int], str] = "row {}".format,
 ) -> tuple[PairTokens, Report]:
   """Returns the tokens of the rows that are kept, and what became of all.
 
   Prompts lose tokens from the left, down to `max_prompt_length`; then
-  responses from the right, down to `max_response_length` and until prompt and
-  response hold `max_length`. A pair with a response that is lost whole is
-  dropped.
+  responses from the right, until prompt and response hold `max_length`. A pair
+  with a response that is lost whole is dropped.
 
   Args:
     rows: examples, as `examples.read` yields them.
@@ -142,26 +167,25 @@ def tokenize(
       chosen or rejected; a list's responses have columns of their own.
     max_length: tokens in prompt and response together, at least 1.
     max_prompt_length: tokens in a prompt, at least 1.
-    max_response_length: tokens in a response, EOS among them; 0: no bound.
+    where: returns the place of a row, counted from 1, for an error.
 
   Raises:
-    ValueError: a length out of range, messages without a chat template.
+    ValueError: a length out of range, or messages that the tokenizer's chat
+      template cannot write.
   """
-  for name, value, least in (
-    ("max_length", max_length, 1),
-    ("max_prompt_length", max_prompt_length, 1),
-    ("max_response_length", max_response_length, 0),
+  for name, value in (
+    ("max_length", max_length),
+    ("max_prompt_length", max_prompt_length),
   ):
-    if value < least:
-      raise ValueError(f"{name}={value}: must be at least {least}")
-  lengths = max_length, max_prompt_length, max_response_length or max_length
+    if value < 1:
+      raise ValueError(f"{name}={value}: must be at least 1")
   report = Report()
   columns = [_Lists(), _Lists(), _Lists()]
   score_gaps = array.array("f")
   rows = iter(rows)
   while chunk := list(itertools.islice(rows, CHUNK_ROWS)):
-    for row, lists in _tokenize_chunk(chunk, tokenizer, report):
-      kept = _truncate(lists, *lengths, report)
+    for row, lists in _tokenize_chunk(chunk, tokenizer, report, where):
+      kept = _truncate(lists, max_length, max_prompt_length, report)
       if kept:
         while len(columns) < len(kept):  # a list longer than those before it
           columns.append(_Lists.of_empty(report.kept - 1))
@@ -193,40 +217,46 @@ def encode_prompts(
   token where there is no other.
 
   Raises:
-    ValueError: messages, and a tokenizer without a chat template.
+    ValueError: messages that the tokenizer's chat template cannot write.
   """
-  texts = [_render_prompt(tokenizer, prompt) for prompt in prompts]
-  bos = tokenizer.bos_token_id
-  adds_bos = bos is not None and tokenizer("").input_ids[:1] == [bos]
-  empty = [tokenizer.eos_token_id if bos is None else bos]
-  encoded = _encode(tokenizer, texts)
-  for prompt, ids in zip(prompts, encoded, strict=True):
-    if adds_bos and isinstance(prompt, str) and ids[:1] != [bos]:
-      ids.insert(0, bos)
-  return [ids or empty for ids in encoded]
+  texts = []
+  for number, prompt in enumerate(prompts, 1):
+    with _naming(f"prompt {number} of {len(prompts)}"):
+      texts.append(chat.prompt_text(tokenizer, prompt))
+  return _encode_prompts(tokenizer, prompts, texts)
 
 
 def encode_responses(
   tokenizer: Tokenizer,
   prompts: list[examples.Text],
   responses: list[examples.Text],
+  ended: Sequence[bool] | None = None,
 ) -> list[list[int]]:
   """Returns the token ids of responses, each ended by one EOS token.
 
+  They continue the ids that `encode_prompts` has of their prompts. What did not
+  end has neither EOS nor what a template writes behind a message, and no token
+  where it has no text.
+
+  Args:
+    tokenizer: of `load_tokenizer`.
+    prompts: of each response.
+    responses: what stands behind the prompts.
+    ended: whether each response ended; by default all did.
+
   Raises:
-    ValueError: messages, and a tokenizer whose chat template is missing or
-      writes a prompt differently once its response is there.
+    ValueError: messages that the tokenizer's chat template cannot write, or
+      whose prompt it writes differently once its response is there.
   """
-  texts = [
-    _render_response(tokenizer, prompt, response)
-    for prompt, response in zip(prompts, responses, strict=True)
-  ]
-  eos = tokenizer.eos_token_id
-  encoded = _encode(tokenizer, texts)
-  for ids in encoded:
-    if ids[-1:] != [eos]:
-      ids.append(eos)
-  return encoded
+  ended = [True] * len(responses) if ended is None else ended
+  texts = []
+  rows = zip(prompts, responses, ended, strict=True)
+  for number, (prompt, response, has_end) in enumerate(rows, 1):
+    with _naming(f"response {number} of {len(responses)}"):
+      before = chat.prompt_text(tokenizer, prompt)
+      whole = chat.whole_text(tokenizer, prompt, response, before, has_end)
+    texts.append((before, whole))
+  return _encode_responses(tokenizer, texts, ended)
 
 
 def decode(
@@ -236,10 +266,15 @@ def decode(
 ) -> tuple[list[str], list[str]]:
   """Returns the texts of prompts and of responses, without special tokens.
 
-  A response has the space before its first word, where decoding both shows it.
+  A response has the space before its first word, where decoding both shows it,
+  so that `encode_responses` gives its tokens back. Of tokens that no text has,
+  such as a word in more pieces than the tokenizer makes of it, or bytes that
+  are no character, it gives others, which read the same.
   """
   decode_all = functools.partial(
-    tokenizer.batch_decode, skip_special_tokens=True
+    tokenizer.batch_decode,
+    skip_special_tokens=True,
+    clean_up_tokenization_spaces=False,  # it takes away spaces of the text
   )
   before, alone = decode_all(prompts), decode_all(responses)
   both = decode_all([[*p, *r] for p, r in zip(prompts, responses, strict=True)])
@@ -250,27 +285,44 @@ def decode(
 
 
 def _tokenize_chunk(
-  rows: list[dict], tokenizer: Tokenizer, report: Report
+  rows: list[dict],
+  tokenizer: Tokenizer,
+  report: Report,
+  where: Callable[[int], str],
 ) -> Iterator[tuple[dict, tuple[list[int], ...]]]:
   """Yields rows that are not dropped, with tokens of prompt and responses."""
-  report.read += len(rows)
-  for row in rows:
+  kept, befores, wholes, ended = [], [], [], []
+  for number, row in enumerate(rows, report.read + 1):
     if "dropped" in row:
       report.drop(row["dropped"])
-  rows = [row for row in rows if "dropped" not in row]
-  if not rows:
-    return
-  responses = [_responses(row) for row in rows]
-  prompts = encode_prompts(tokenizer, [row["prompt"] for row in rows])
-  present = [
-    (row["prompt"], text)
-    for row, texts in zip(rows, responses, strict=True)
-    for text in texts
-    if text is not None
-  ]
-  encoded = iter(encode_responses(tokenizer, *zip(*present, strict=True)))
-  for row, prompt, texts in zip(rows, prompts, responses, strict=True):
-    yield row, (prompt, *([] if x is None else next(encoded) for x in texts))
+      continue
+    with _naming(where(number)):
+      before = chat.prompt_text(tokenizer, row["prompt"])
+      for response, has_end in zip(
+        _responses(row), cuts.ended(row), strict=True
+      ):
+        if response is not None:
+          whole = chat.whole_text(
+            tokenizer, row["prompt"], response, before, has_end
+          )
+          wholes.append((before, whole))
+          ended.append(has_end)
+    kept.append(row)
+    befores.append(before)
+  report.read += len(rows)
+  prompts = _encode_prompts(tokenizer, [x["prompt"] for x in kept], befores)
+  encoded = iter(_encode_responses(tokenizer, wholes, ended))
+  for row, prompt in zip(kept, prompts, strict=True):
+    lists = [None if x is None else next(encoded) for x in _responses(row)]
+    if [] in lists:  # as empty as a response that is absent
+      report.drop("a response without a token that did not end")
+      continue
+    report.not_ended += sum(
+      not has_end
+      for tokens, has_end in zip(lists, cuts.ended(row), strict=True)
+      if tokens
+    )
+    yield row, (prompt, *(tokens or [] for tokens in lists))
 
 
 def _responses(row: dict) -> list[examples.Text | None]:
@@ -287,13 +339,12 @@ def _truncate(
   lists: tuple[list[int], ...],
   max_length: int,
   max_prompt_length: int,
-  max_response_length: int,
   report: Report,
 ) -> tuple[list[int], ...] | None:
   """Returns prompt and responses cut to length; None when dropped."""
   prompt, *responses = lists
   kept_prompt = prompt[-max_prompt_length:]
-  room = min(max_length - len(kept_prompt), max_response_length)
+  room = max_length - len(kept_prompt)
   if room <= 0:
     report.drop("no room for a response")
     return None
@@ -306,61 +357,45 @@ def _truncate(
   return kept_prompt, *kept
 
 
-def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-  if not texts:
-    return []
-  return tokenizer(
-    texts,
-    add_special_tokens=False,
-    return_attention_mask=False,
-    return_token_type_ids=False,
-    verbose=False,  # no warning about lengths, which are cut later
-  )["input_ids"]
+def _encode_prompts(
+  tokenizer: Tokenizer, prompts: list[examples.Text], texts: list[str]
+) -> list[list[int]]:
+  """Returns the token ids of prompts, whose texts are given as well."""
+  bos = tokenizer.bos_token_id
+  adds_bos = bos is not None and tokenizer("").input_ids[:1] == [bos]
+  empty = [tokenizer.eos_token_id if bos is None else bos]
+  encoded = continuation.encode(tokenizer, texts)
+  for prompt, ids in zip(prompts, encoded, strict=True):
+    if adds_bos and isinstance(prompt, str) and ids[:1] != [bos]:
+      ids.insert(0, bos)
+  return [ids or empty for ids in encoded]
 
 
-def _render_prompt(tokenizer: Tokenizer, prompt: examples.Text) -> str:
-  if isinstance(prompt, str):
-    return prompt
-  return _apply_template(tokenizer, prompt, add_generation_prompt=True)
+def _encode_responses(
+  tokenizer: Tokenizer, texts: list[tuple[str, str]], ended: Sequence[bool]
+) -> list[list[int]]:
+  """Returns the token ids of responses, those that ended with one EOS token.
+
+  Args:
+    tokenizer: of the texts.
+    texts: of each response its prompt, and prompt and response as one text.
+    ended: whether each response ended.
+  """
+  eos = tokenizer.eos_token_id
+  encoded = continuation.encode_behind(tokenizer, texts)
+  for ids, has_end in zip(encoded, ended, strict=True):
+    if has_end and ids[-1:] != [eos]:
+      ids.append(eos)
+  return encoded
 
 
-def _render_response(
-  tokenizer: Tokenizer, prompt: examples.Text, response: examples.Text
-) -> str:
-  """Returns the text of a response, up to the EOS token that ends it."""
-  if isinstance(response, str):
-    return response
-  before = _render_prompt(tokenizer, prompt)
-  whole = _apply_template(
-    tokenizer, prompt + response, add_generation_prompt=False
-  )
-  if not whole.startswith(before):
-    raise ValueError(
-      "the tokenizer's chat template writes a prompt differently once its"
-      f" response is there: {before[-40:]!r} is not in {whole!r}"
-    )
-  text = whole[len(before) :]
-  ended = text.rstrip()
-  return ended if ended.endswith(tokenizer.eos_token) else text
-
-
-def _apply_template(
-  tokenizer: Tokenizer, messages: list[dict], *, add_generation_prompt: bool
-) -> str:
-  if tokenizer.chat_template is None:
-    raise ValueError(
-      "the data holds chat messages, and the tokenizer"
-      f" {tokenizer.name_or_path!r} has no chat template; allowed: strings,"
-      " or a tokenizer with one"
-    )
+@contextlib.contextmanager
+def _naming(place: str) -> Iterator[None]:
+  """Says in an error which text it is about."""
   try:
-    return tokenizer.apply_chat_template(
-      messages, tokenize=False, add_generation_prompt=add_generation_prompt
-    )
-  except jinja2.TemplateError as error:
-    raise ValueError(
-      f"the tokenizer's chat template refuses {messages!r}: {error}"
-    ) from error
+    yield
+  except ValueError as error:
+    raise ValueError(f"{place}: {error}") from error
 
 
 class _Lists:

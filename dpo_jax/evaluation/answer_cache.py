@@ -6,6 +6,7 @@ way.
 """
 
 import dataclasses
+import errno
 import hashlib
 import json
 import pathlib
@@ -45,11 +46,12 @@ class AnswerCache:
 
     Raises:
       ValueError: the file cannot be opened, or is not such a cache.
+      OSError: its folder cannot be made.
     """
-    path = pathlib.Path(path).expanduser()
+    self._path = path = pathlib.Path(path).expanduser()
     self._lock = threading.Lock()
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-      path.parent.mkdir(parents=True, exist_ok=True)
       self._connection = sqlite3.connect(
         path,
         timeout=WAIT_SECONDS,
@@ -58,7 +60,7 @@ class AnswerCache:
       )
       self._connection.execute(_TABLE)
       self._connection.execute("select * from answers limit 1").fetchone()
-    except (OSError, sqlite3.Error) as error:
+    except sqlite3.Error as error:
       raise ValueError(
         f"judge cache {str(path)!r} cannot be used: {error}; allowed: a new"
         " file, or one that a judge wrote"
@@ -75,10 +77,17 @@ class AnswerCache:
     return row and Answer(*row)
 
   def put(self, request: dict[str, Any], answer: Answer) -> None:
-    """Keeps an answer; it is on disk when this returns."""
+    """Keeps an answer; it is on disk when this returns.
+
+    Raises:
+      OSError: it cannot be written.
+    """
     row = [make_key(request), json.dumps(request)]
-    with self._lock:
-      self._connection.execute(
-        "insert or replace into answers values (?, ?, ?, ?, ?)",
-        row + list(dataclasses.astuple(answer)),
-      )
+    try:
+      with self._lock:
+        self._connection.execute(
+          "insert or replace into answers values (?, ?, ?, ?, ?)",
+          row + list(dataclasses.astuple(answer)),
+        )
+    except sqlite3.OperationalError as error:  # has no number of the system's
+      raise OSError(errno.EIO, str(error), str(self._path)) from error

@@ -1,7 +1,7 @@
 """Answers of an OpenAI-compatible endpoint: POST {base}/chat/completions.
 
-The environment says where and as whom: OPENAI_BASE_URL (default
-`DEFAULT_URL`) and OPENAI_API_KEY, which is in no error, cache or report.
+The environment says where and as whom (`endpoint_access`); a key, a user and a
+password are in no error, cache or report, also where the endpoint echoes them.
 """
 
 import collections
@@ -10,7 +10,7 @@ import email.message
 import email.utils
 import http.client
 import json
-import os
+import math
 import random
 import threading
 import time
@@ -21,14 +21,14 @@ from typing import Any
 
 import tqdm
 
-from dpo_jax.evaluation import answer_cache
+from dpo_jax.evaluation import answer_cache, endpoint_access
 
-DEFAULT_URL = "https://api.openai.com/v1"
 # One sentence and a letter; greedy.
 SAMPLING = {"temperature": 0, "max_tokens": 256}
 TIMEOUT = 120.0  # seconds without a byte
 MAX_ATTEMPTS = 8  # of one request: two to three minutes of waiting in all
 BACKOFF, MAX_BACKOFF = 1.0, 60.0  # seconds, after the first failure and at most
+MAX_MESSAGE = 500  # characters that are shown of what an endpoint says
 # An endpoint that asks for more has told us to come back another day.
 MAX_RETRY_AFTER = 600.0
 _HINTS = {
@@ -69,25 +69,21 @@ class ChatEndpoint:
     Raises:
       ValueError: no key for the default URL, or a value that cannot be.
     """
-    base = os.environ.get("OPENAI_BASE_URL") or DEFAULT_URL
-    self._key = os.environ.get("OPENAI_API_KEY", "")
-    if not base.startswith(("http://", "https://")):
-      raise ValueError(f"OPENAI_BASE_URL={base!r}: must begin with http(s)://")
-    if base == DEFAULT_URL and not self._key:
-      raise ValueError(
-        f"OPENAI_API_KEY is not set, which {DEFAULT_URL} asks for; allowed: a"
-        " key, or another OPENAI_BASE_URL"
-      )
+    access = endpoint_access.read()
     if not model:
       raise ValueError("a chat endpoint needs a model: endpoint:MODEL")
     if num_threads < 1:
       raise ValueError(f"num_threads={num_threads}: must be at least 1")
-    if prices is not None and (len(prices) != 2 or min(prices) < 0):
+    if prices is not None and not (
+      len(prices) == 2 and all(0 <= price < math.inf for price in prices)
+    ):
       raise ValueError(
         f"prices={list(prices)}: must be two numbers of at least 0, of a"
         " million tokens of prompts and of completions"
       )
-    self.url = base.rstrip("/") + "/chat/completions"
+    self.url = access.url + "/chat/completions"
+    self._headers = {"Content-Type": "application/json", **access.headers}
+    self._hide = access.hide
     self._model = model
     self._cache = cache
     settings = SAMPLING | dict(sampling or {})
@@ -190,29 +186,28 @@ class ChatEndpoint:
     )
 
   def _post(self, request: dict[str, Any]) -> answer_cache.Answer:
-    headers = {"Content-Type": "application/json"}
-    if self._key:
-      headers["Authorization"] = f"Bearer {self._key}"
+    """Returns the answer; no error has one behind it, which might tell more."""
     data = json.dumps(request).encode()
+    asked = urllib.request.Request(self.url, data, self._headers)
     try:
-      with self._opener.open(
-        urllib.request.Request(self.url, data, headers), timeout=self._timeout
-      ) as response:
+      with self._opener.open(asked, timeout=self._timeout) as response:
         content = response.read()
     except urllib.error.HTTPError as error:
-      raise self._refusal(error) from error
+      raise self._refusal(error) from None
     except urllib.error.URLError as error:
-      raise _PassingError(str(error.reason)) from error
+      raise _PassingError(self._hide(str(error.reason))) from None
     except (OSError, http.client.HTTPException) as error:
-      raise _PassingError(str(error) or type(error).__name__) from error
-    return _read_answer(content)
+      said = str(error) or type(error).__name__
+      raise _PassingError(self._hide(said)) from None
+    return self._read_answer(content)
 
   def _refusal(self, error: urllib.error.HTTPError) -> Exception:
     """Returns what to raise for an HTTP status that is not 2xx."""
     message, code = _read_error(error)
-    if self._key:
-      message = message.replace(self._key, "***")
-    said = f"{error.code} {error.reason}" + (f" ({message})" if message else "")
+    # Hidden before it is cut: what is cut may leave a part.
+    message = _cut(self._hide(message), MAX_MESSAGE)
+    said = f"{error.code} {_cut(self._hide(error.reason), MAX_MESSAGE)}"
+    said += f" ({message})" if message else ""
     passes = error.code in (408, 409, 429) or error.code >= 500
     if not passes or code == "insufficient_quota":
       hint = _HINTS.get(error.code)
@@ -227,6 +222,24 @@ class ChatEndpoint:
         " what was answered is kept, and the same command goes on"
       )
     return _PassingError(said, retry_after)
+
+  def _read_answer(self, content: bytes) -> answer_cache.Answer:
+    """Returns the answer in the body of a response."""
+    try:
+      body = json.loads(content)
+      text = body["choices"][0]["message"]["content"] or ""  # null: a refusal
+      # A lone surrogate cannot be written to a file.
+      text = text.encode("utf-8", "replace").decode()
+      usage = body.get("usage") or {}
+      tokens = [usage.get("prompt_tokens"), usage.get("completion_tokens")]
+    except (ValueError, TypeError, LookupError, AttributeError):
+      said = self._hide(content.decode("utf-8", "replace"))
+      raise _PassingError(
+        f"a reply without choices[0].message.content: {said[:60]!r}"
+      ) from None
+    # A user named A must not take the letter out of a verdict.
+    text = self._hide(text, min_length=4)
+    return answer_cache.Answer(text, *tokens)
 
   def _count(self, **counts: int) -> None:
     with self._lock:
@@ -279,21 +292,8 @@ def _read_error(error: urllib.error.HTTPError) -> tuple[str, str | None]:
     details = json.loads(body)["error"]
     return " ".join(str(details["message"]).split()), details.get("code")
   except (ValueError, TypeError, KeyError, AttributeError):
-    return " ".join(body.split())[:200], None
+    return " ".join(body.split()), None
 
 
-def _read_answer(content: bytes) -> answer_cache.Answer:
-  """Returns the answer in the body of a response."""
-  try:
-    body = json.loads(content)
-    text = body["choices"][0]["message"]["content"] or ""  # null: a refusal
-    # A lone surrogate cannot be written to a file.
-    text = text.encode("utf-8", "replace").decode()
-    usage = body.get("usage") or {}
-    tokens = [usage.get("prompt_tokens"), usage.get("completion_tokens")]
-  except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-    start = content[:60].decode("utf-8", "replace")
-    raise _PassingError(
-      f"a reply without choices[0].message.content: {start!r}"
-    ) from error
-  return answer_cache.Answer(text, *tokens)
+def _cut(text: str, length: int) -> str:
+  return text if len(text) <= length else text[:length] + "..."

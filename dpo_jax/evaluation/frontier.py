@@ -17,8 +17,9 @@ from matplotlib import axes, figure
 from dpo_jax import files
 from dpo_jax.types import Array, typed
 
-# At a KL of log(n) / 2 about sqrt(n) of the n samples carry the estimate.
-TRUSTED_SHARE = 0.5
+# Of the gain over the reference: what the line may lose with half the samples.
+# It loses about as much again against the truth where its error is as 1 / n.
+MAX_LOSS = 0.05
 # Okabe and Ito's colours, told apart by colour-blind readers and in print.
 COLORS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #F0E442".split()
 MARKERS = "osD^vP"
@@ -46,12 +47,13 @@ class Frontier:
   betas: np.ndarray  # f64[betas]
   reward: np.ndarray  # f64[betas]
   kl: np.ndarray  # f64[betas]
+  start: float  # the mean reward of the samples, which is that at KL 0
   samples_per_prompt: int
   max_trusted_kl: float
 
   @property
   def is_trusted(self) -> Bool[np.ndarray, "betas"]:
-    """True where the samples suffice: a KL well under log n."""
+    """True where the samples suffice; see `optimal_frontier`."""
     return self.kl <= self.max_trusted_kl
 
   def reward_at(self, kl: float) -> float | None:
@@ -73,7 +75,7 @@ def sequence_kl(
 ) -> Float[np.ndarray, "*samples"]:
   """Returns the estimate of KL(policy || reference) from each sample, in nats.
 
-  The log-ratio of a response that the policy sampled at temperature 1: its
+  The log-ratio of a response, where the policy is what it was drawn from: its
   mean has no bias, and single values may be below 0.
   """
   return np.asarray(policy_logps, np.float64) - np.asarray(
@@ -136,10 +138,13 @@ def optimal_frontier(
       KL     = reward / beta - log(mean_i w_i)
 
   and both are averaged over prompts. Beta to infinity gives the mean reward
-  at KL 0; beta to 0 the largest reward, at most log n away. Estimates hold
-  while the KL is well under log n; the bound kept here is log(n) / 2. There
-  the line of the grammar of `data.synthetic` lies too low by 0.014 with 16
-  samples, 0.003 with 64 and 0.001 with 256.
+  at KL 0; beta to 0 the largest reward, at most log n away.
+
+  The line lies too low in the mean, as max over policies of reward - beta KL,
+  which is beta log(mean_i w_i), is concave in the mean weight. How far is seen
+  from the line of half the samples: it is trusted up to the KL at which that
+  one has lost `MAX_LOSS` of the gain over the mean reward. Fewer than about
+  1 / (2 MAX_LOSS) samples are trusted nowhere.
 
   Args:
     rewards: rewards of n samples of the reference at temperature 1.
@@ -160,6 +165,19 @@ def optimal_frontier(
     )
   if not (betas > 0).all():
     raise ValueError(f"the frontier's betas={betas.tolist()}: must be above 0")
+  reward, kl = _line(rewards, betas)
+  return Frontier(
+    betas=betas,
+    reward=reward,
+    kl=kl,
+    start=float(rewards.mean()),
+    samples_per_prompt=num_samples,
+    max_trusted_kl=_max_trusted_kl(rewards, betas, reward, kl),
+  )
+
+
+def _line(rewards: np.ndarray, betas: np.ndarray) -> tuple[np.ndarray, ...]:
+  """Returns f64[betas] reward and KL of the line; see `optimal_frontier`."""
   # Rewards less their prompt's largest: no weight overflows, no figure moves.
   top = rewards.max(axis=1, keepdims=True)
   shifted = rewards - top
@@ -169,13 +187,26 @@ def optimal_frontier(
     mean = (weights * shifted).sum(axis=1) / weights.sum(axis=1)
     reward.append(np.mean(mean + top[:, 0]))
     kl.append(np.mean(mean / beta - np.log(weights.mean(axis=1))))
-  return Frontier(
-    betas=betas,
-    reward=np.array(reward),
-    kl=np.array(kl),
-    samples_per_prompt=num_samples,
-    max_trusted_kl=TRUSTED_SHARE * math.log(num_samples),
-  )
+  return np.array(reward), np.array(kl)
+
+
+def _max_trusted_kl(
+  rewards: np.ndarray, betas: np.ndarray, reward: np.ndarray, kl: np.ndarray
+) -> float:
+  """Returns the KL up to which half the samples have nearly the same gain."""
+  num_prompts, num_samples = rewards.shape
+  half = num_samples // 2
+  halves = rewards[:, : 2 * half].reshape(2 * num_prompts, half)
+  half_reward, half_kl = _line(halves, betas)
+  order, half_order = np.argsort(kl), np.argsort(half_kl)
+  kl, gain = kl[order], reward[order] - rewards.mean()
+  # Past its end, where all weight is on the best sample, a line is flat.
+  half_gain = np.interp(kl, half_kl[half_order], half_reward[half_order])
+  half_gain -= halves.mean()
+  # The slack is for rounding where there is no gain.
+  is_lost = gain - half_gain > MAX_LOSS * gain + 1e-12
+  first = int(np.argmax(is_lost)) if is_lost.any() else len(kl)
+  return float(kl[first - 1]) if first else 0.0
 
 
 def write(
@@ -216,14 +247,14 @@ def write(
 
 
 def table(points: Sequence[Point], frontier: Frontier | None = None) -> str:
-  """Returns lines of KL, reward and the best reward at the same KL.
+  """Returns lines of KL, reward and what the best has at least at that KL.
 
   A dash stands for the best reward where its estimate is not trusted.
   """
   width = max([len(point.label) for point in points] + [len("policy")])
   lines = [
     f"{'policy':<{width}}  {'samples':>7}  {'KL (nats)':>16}"
-    f"  {'reward':>17}  {'best':>6}"
+    f"  {'reward':>17}  {'best, at least':>14}"
   ]
   for point in points:
     best = frontier and frontier.reward_at(point.kl)
@@ -231,7 +262,7 @@ def table(points: Sequence[Point], frontier: Frontier | None = None) -> str:
       f"{point.label:<{width}}  {point.num_samples:>7}"
       f"  {point.kl:>7.3f} +- {point.kl_error:<5.3f}"
       f"  {point.reward:>7.4f} +- {point.reward_error:<6.4f}"
-      f"  {'-' if best is None else f'{best:.4f}':>6}"
+      f"  {'-' if best is None else f'{best:.4f}':>14}"
     )
   return "\n".join(lines)
 
@@ -285,7 +316,7 @@ def _draw_frontier(ax: axes.Axes, frontier: Frontier) -> None:
   num_trusted = int(frontier.is_trusted.sum())
   line = {"color": "0.35", "linewidth": 1.4, "zorder": 1}
   trusted = slice(None, num_trusted)
-  ax.plot(kl[trusted], reward[trusted], label="best possible", **line)
+  ax.plot(kl[trusted], reward[trusted], label="best possible, at least", **line)
   if num_trusted == len(kl):
     return
   # The last trusted beta is drawn twice, so that the two lines meet.

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +10,7 @@ import jax
 import numpy as np
 
 from dpo_jax import sharding
-from dpo_jax.checkpoints import source
+from dpo_jax.checkpoints import run_folder, source
 from dpo_jax.data import dataset, examples, loader, packing, tokenize
 from dpo_jax.evaluation import preference_report
 from dpo_jax.losses import objectives
@@ -33,7 +32,6 @@ class Settings:
     beta: scales log-ratios to rewards, above 0.
     max_length: tokens of prompt and one response.
     max_prompt_length: tokens.
-    max_response_length: tokens; 0: no bound.
     dtype: of matmuls.
   """
 
@@ -42,7 +40,6 @@ class Settings:
   beta: float
   max_length: int
   max_prompt_length: int
-  max_response_length: int
   dtype: str
 
 
@@ -64,16 +61,16 @@ def make_settings(path: str, *, dtype: str = "auto", **given: Any) -> Settings:
   defaults: dict[str, Any] = {
     "max_length": 512,
     "max_prompt_length": 256,
-    "max_response_length": 0,
   }
   run, _ = source.split_step(path)
   file = pathlib.Path(run) / "config.json"
   if source.is_run(run) and file.exists():
-    config = json.loads(file.read_text())
-    defaults = {
+    lengths = [f"data.{name}" for name in defaults]
+    config = run_folder.read_config(run, lengths)
+    defaults = dict(zip(defaults, map(config.get, lengths), strict=True)) | {
       "reference": _reference_of(config),
-      "beta": config["loss"]["beta"],
-    } | {name: config["data"][name] for name in defaults}
+      "beta": config.get("loss.beta"),
+    }
   settings = defaults | {k: v for k, v in given.items() if v is not None}
   for name in ("reference", "beta"):
     if not settings.get(name):
@@ -89,10 +86,10 @@ def make_settings(path: str, *, dtype: str = "auto", **given: Any) -> Settings:
 
 def _reference_of(config):
   """Returns the path of a run's reference; empty where it has none."""
-  base, reference = config["model"]["path"], config["reference"]
-  if reference["mode"] == "adapter_off":
+  base = config.get("model.path")
+  if config.get("reference.mode") == "adapter_off":
     return base
-  return reference["path"] or config["lora"]["path"] or base
+  return config.get("reference.path") or config.get("lora.path") or base
 
 
 def evaluate(
@@ -119,7 +116,9 @@ def evaluate(
     ValueError: a model or a file cannot be read, or no pair is kept.
   """
   opened = source.open_model(settings.source)
-  tokenizer = tokenize.load_tokenizer(opened.tokenizer)
+  tokenizer = tokenize.load_tokenizer(
+    opened.tokenizer, opened.config.vocab_size
+  )
   pairs, lists = [], []
   for path in data:
     rows = examples.read(data_source, path, split=split, inputs="pairs")
@@ -162,7 +161,7 @@ def _tokenize(rows, path, tokenizer, settings):
       inputs="pairs",
       max_length=settings.max_length,
       max_prompt_length=settings.max_prompt_length,
-      max_response_length=settings.max_response_length,
+      where=lambda _, number=number: examples.where(path, number),
     )
     dropped.update(report.dropped)
     kept += report.kept
@@ -178,6 +177,7 @@ def _tokenize(rows, path, tokenizer, settings):
           policy=(0.0, 0.0),
           reference=(0.0, 0.0),
           lengths=(len(lists[1]), len(lists[2])),
+          prompt=str(row["prompt"]),
         ),
         lists,
       )

@@ -8,23 +8,20 @@ from jaxtyping import Float
 from dpo_jax.types import Array, typed
 
 Z = 1.959963984540054  # the normal quantile of 0.975: intervals hold 95%
-NUM_RESAMPLES = 10_000
-_BLOCK = 1_000_000  # drawn indices in memory at once
 
 
 @typed
-def wilson(wins: int, total: int) -> tuple[float, float]:
+def wilson(rate: float | int, total: float | int) -> tuple[float, float]:
   """Returns the 95% score interval of a share (Wilson 1927).
 
   (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)
 
   Args:
-    wins: 0 to `total`.
-    total: independent trials, at least 1.
+    rate: the share that was seen, in 0..1.
+    total: independent trials, above 0; an effective number need not be whole.
   """
-  share = wins / total
-  centre = share + Z**2 / (2 * total)
-  spread = share * (1 - share) / total + Z**2 / (4 * total**2)
+  centre = rate + Z**2 / (2 * total)
+  spread = rate * (1 - rate) / total + Z**2 / (4 * total**2)
   half, scale = Z * np.sqrt(spread), 1 + Z**2 / total
   low = max((centre - half) / scale, 0.0)
   high = min((centre + half) / scale, 1.0)
@@ -32,74 +29,58 @@ def wilson(wins: int, total: int) -> tuple[float, float]:
 
 
 @typed
-def bootstrap(
-  sums: Float[Array, "groups"],
-  counts: Float[Array, "groups"],
-  *,
-  seed: int,
-  num_resamples: int = NUM_RESAMPLES,
-) -> tuple[float, float]:
-  """Returns the 95% percentile interval of sum(sums) / sum(counts).
+def effective_size(
+  means: Float[Array, "groups"], weights: Float[Array, "groups"]
+) -> float:
+  """Returns how many independent wins and losses tell as much as the groups.
 
-  Groups, which are prompts, are drawn with replacement; what is in one stays
-  together. Two groups at least: one says nothing of others, and gives (0, 1).
+  Kish's size of the weights times p (1 - p) / v, with v the variance between
+  groups, which is p (1 - p) where each is a win or a loss and less where they
+  have ties or several values. p and v are those of the groups and of z^2 / 2
+  wins and as many losses more (as in Agresti and Coull 1998): else few groups,
+  of which none happens to be lost, would seem to say that none ever is.
 
   Args:
-    sums: of each group's values, which lie in 0..1.
-    counts: of each group's values, above 0.
-    seed: of the draws.
-    num_resamples: how many draws of all groups.
+    means: of each group's values, in 0..1.
+    weights: of the groups in the mean of all, above 0.
   """
-  num_groups = len(sums)
-  if num_groups < 2:
-    return 0.0, 1.0
-  rng = np.random.default_rng(seed)
-  sums, counts = np.asarray(sums, np.float64), np.asarray(counts, np.float64)
-  drawn, rows = [], max(_BLOCK // num_groups, 1)
-  for start in range(0, num_resamples, rows):
-    shape = (min(rows, num_resamples - start), num_groups)
-    index = rng.integers(num_groups, size=shape)
-    drawn.append(sums[index].sum(axis=1) / counts[index].sum(axis=1))
-  low, high = np.quantile(np.concatenate(drawn), [0.025, 0.975])
-  return float(low), float(high)
+  size = weights.sum() ** 2 / np.sum(weights**2)
+  shares = weights / weights.sum()
+  rate = (size * shares @ means + Z**2 / 2) / (size + Z**2)
+  spread = size**2 * shares**2 @ (means - rate) ** 2
+  spread += Z**2 / 2 * (rate**2 + (1 - rate) ** 2)
+  return float(size * rate * (1 - rate) / (spread / (size + Z**2)))
 
 
 def share(
-  values: Sequence[float], groups: Sequence[str], *, by_group: bool, seed: int
-) -> dict[str, float | str | None]:
+  values: Sequence[float], groups: Sequence[str], *, by_group: bool
+) -> dict[str, float | None]:
   """Returns a mean of values in 0..1 and its 95% interval.
 
-  The interval is Wilson's where each group has one value, 0 or 1, or where all
-  values are 0 or all 1, of which a bootstrap would be too sure; else it is a
-  bootstrap over groups.
+  The interval is Wilson's on the effective size; where each group has one
+  value, 0 or 1, that is their number.
 
   Args:
     values: 1 right or won, 0 not, between them a part of it.
     groups: what each is of, such as its prompt.
     by_group: whether the values of a group are averaged first, so that groups
       count the same.
-    seed: of the bootstrap.
 
   Returns:
-    `share`, `low`, `high` and `interval`, its kind; None where there are no
+    `share`, `low`, `high` and `effective_size`; None where there are no
     values.
   """
   if not values:
-    return dict.fromkeys(("share", "low", "high", "interval"))
+    return dict.fromkeys(("share", "low", "high", "effective_size"))
   places = {group: place for place, group in enumerate(dict.fromkeys(groups))}
   index = [places[group] for group in groups]
-  sums = np.bincount(index, np.asarray(values, np.float64))
   counts = np.bincount(index).astype(np.float64)
-  if by_group:
-    sums, counts = sums / counts, np.ones_like(counts)
-  is_single = len(sums) == len(values) or len(set(values)) == 1
-  if is_single and set(values) <= {0, 1}:
-    kind, interval = "wilson", wilson(int((sums > 0).sum()), len(sums))
-  else:
-    kind, interval = "bootstrap", bootstrap(sums, counts, seed=seed)
-  mean = float(sums.sum() / counts.sum())
-  low, high = interval
-  return {"share": mean, "low": low, "high": high, "interval": kind}
+  means = np.bincount(index, np.asarray(values, np.float64)) / counts
+  weights = np.ones_like(counts) if by_group else counts
+  mean = float(np.average(means, weights=weights))
+  size = effective_size(means, weights)
+  low, high = wilson(mean, size)
+  return {"share": mean, "low": low, "high": high, "effective_size": size}
 
 
 def kappa(ours: Sequence[str], theirs: Sequence[str]) -> float | None:

@@ -14,12 +14,13 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from dpo_jax import files
+from dpo_jax import files, markdown, schema
 from dpo_jax.data import jsonl
 from dpo_jax.evaluation import intervals, judges, win_rate_report
 from dpo_jax.evaluation.judges import Comparison, Decision
 
 ALL = "all"
+SHOWN = ("prompt", "first", "second")
 NOT_TEXT = "a response is true or false"
 LABELS = {0: judges.TIE, 1: judges.FIRST, 2: judges.SECOND}
 
@@ -99,7 +100,7 @@ def evaluate(
     output: folder; gets `comparisons.jsonl`, a line a row; `summary.jsonl`, a
       line for all rows and then one for each subset; and `summary.md`.
     order: of `judges.ORDERS`.
-    seed: of random orders and of the bootstrap.
+    seed: of random orders.
 
   Raises:
     ValueError: a file that cannot be read.
@@ -115,7 +116,7 @@ def evaluate(
       for row, decision in zip(rows, decisions, strict=True)
       if name in (ALL, row.subset)
     ]
-    found.append({"subset": name} | summarise(*zip(*group, strict=True), seed))
+    found.append({"subset": name} | summarise(*zip(*group, strict=True)))
   settings = {"judge": judge.name, "order": order, "seed": seed}
   found[0] |= settings | {"usage": judge.usage()}
   folder = pathlib.Path(output)
@@ -127,7 +128,7 @@ def evaluate(
 
 
 def summarise(
-  rows: Sequence[Labelled], decisions: Sequence[Decision], seed: int
+  rows: Sequence[Labelled], decisions: Sequence[Decision]
 ) -> dict[str, Any]:
   """Returns the figures of a group of rows.
 
@@ -135,8 +136,8 @@ def summarise(
   parsed decision: `ties_in`, where a tie is a label like others; `ties_half`,
   where a tie is half right beside another label, so that chance is one half if
   no majority is a tie; and `ties_out`, over rows where neither is a tie. Each
-  has `share, low, high, interval, num_rows` and, but for `ties_half`, `kappa`.
-  The interval is over prompts. Of the judge with one annotator, and of
+  has `share, low, high, effective_size, num_rows` and, but for `ties_half`,
+  `kappa`. The interval is over prompts. Of the judge with one annotator, and of
   annotators with each other, which is the ceiling: the mean over them, or over
   their pairs.
   """
@@ -158,9 +159,9 @@ def summarise(
     "unparsed": len(rows) - len(both),
     "judge_ties": sum(preferred == judges.TIE for _, preferred in both),
     "majority_ties": sum(row.majority == judges.TIE for row in rows),
-    "ties_in": _agreement(known, seed) | _kappa(known),
-    "ties_half": _agreement(known, seed, tie=0.5),
-    "ties_out": _agreement(decided, seed) | _kappa(decided),
+    "ties_in": _agreement(known) | _kappa(known),
+    "ties_half": _agreement(known, tie=0.5),
+    "ties_out": _agreement(decided) | _kappa(decided),
     "judge_annotator": _mean_agreement(
       [(label, x) for labels, (x,) in single for label in labels]
     ),
@@ -173,12 +174,10 @@ def summarise(
 
 def table(found: Sequence[dict[str, Any]]) -> str:
   """Returns the figures of each group as a Markdown table."""
-  lines = [
-    "| subset | rows | unparsed | ties in | kappa | ties half | ties out | rows"
-    " | kappa | with one annotator | annotators with each other | shown first"
-    " | consistent |",
-    "|---|" + "---:|" * 12,
-  ]
+  head = "subset,rows,unparsed,ties in,kappa,ties half,ties out,rows,kappa"
+  head += ",with one annotator,annotators with each other,shown first"
+  head += ",consistent"
+  rows = []
   number = win_rate_report.number
   for x in found:
     ties_in, ties_half, ties_out = x["ties_in"], x["ties_half"], x["ties_out"]
@@ -189,8 +188,8 @@ def table(found: Sequence[dict[str, Any]]) -> str:
     values += [number(x["judge_annotator"]["ties_in"])]
     values += [number(x["annotator_annotator"]["ties_in"])]
     values += [number(x["first_share"]), number(x["consistency"])]
-    lines.append("| " + " | ".join(map(str, values)) + " |")
-  return "\n".join(lines)
+    rows.append(values)
+  return markdown.table(head.split(","), rows)
 
 
 def _share(found: dict[str, Any]) -> str:
@@ -201,13 +200,12 @@ def _share(found: dict[str, Any]) -> str:
 
 
 def _agreement(
-  known: Sequence[tuple[str, str, str]], seed: int, *, tie: float = 0.0
+  known: Sequence[tuple[str, str, str]], *, tie: float = 0.0
 ) -> dict[str, Any]:
   """Returns the agreement of (prompt, majority, judge).
 
   Args:
     known: of each row.
-    seed: of the bootstrap.
     tie: what a tie counts beside another label.
   """
   points = [
@@ -215,7 +213,7 @@ def _agreement(
     for _, ours, theirs in known
   ]
   prompts = [prompt for prompt, _, _ in known]
-  found = intervals.share(points, prompts, by_group=False, seed=seed)
+  found = intervals.share(points, prompts, by_group=False)
   return found | {"num_rows": len(known)}
 
 
@@ -237,7 +235,7 @@ def _record(row: Labelled, decision: Decision) -> dict[str, Any]:
     "data": row.data,
     "row": row.row,
     "subset": row.subset,
-    **dataclasses.asdict(row.comparison),
+    **dict(zip(SHOWN, row.comparison.texts, strict=True)),
     "labels": row.labels,
     "majority": row.majority,
     **decision.record(),
@@ -251,6 +249,7 @@ def _rows(path: str) -> Iterator[dict]:
   if opener is None:
     yield from jsonl.read(path, "test")
     return
+  schema.check_regular(path)
   try:
     with opener(path, "rt", encoding="utf-8") as file:
       rows = json.load(file)

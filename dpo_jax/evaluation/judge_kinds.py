@@ -1,5 +1,6 @@
 """A judge from what a user types: KIND, or KIND:NAME."""
 
+import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -31,7 +32,8 @@ def make_judge(spec: str, **options: Any) -> judges.Judge:
       what a reward model scores higher, `local` the letter that a model finds
       likelier, `length` the longer response.
     **options: None is the default.
-      prompt: a name of `judge_prompts.TEMPLATES`.
+      prompt: a name of `judge_prompts.TEMPLATES`; `dialogue` by default, which
+        is then not asked of summaries (`win_rate.compare`).
       asks: how often a comparison is asked while answers are malformed.
       cache: file of answers.
       sampling: JSON object, keys of a request beside or instead of
@@ -59,10 +61,14 @@ def make_judge(spec: str, **options: Any) -> judges.Judge:
     return judges.length_judge()
   if kind == "reward":
     return judges.score_judge(spec, _load_reward(name))
+  is_named = "prompt" in given
   template = judge_prompts.find(given.pop("prompt", DEFAULT_PROMPT))
   if kind == "local":
-    return judges.likelihood_judge(spec, _load_local(name, **given), template)
-  return _make_endpoint_judge(spec, name, template, **given)
+    logps_fn = _load_local(name, **given)
+    judge = judges.likelihood_judge(spec, logps_fn, template)
+  else:
+    judge = _make_endpoint_judge(spec, name, template, **given)
+  return dataclasses.replace(judge, assumes_dialogue=not is_named)
 
 
 # Models are imported where they are asked for: other judges start at once.

@@ -113,6 +113,15 @@ TEMPLATES = {
 }
 
 
+# How a prompt ends that a summary is to follow.
+_SUMMARY_NEXT = re.compile(r"(tl;?dr|\bsummary):?$", re.IGNORECASE)
+
+
+def asks_summary(prompt: str) -> bool:
+  """Returns whether a prompt's last word asks for a summary of the rest."""
+  return bool(_SUMMARY_NEXT.search(prompt.strip()))
+
+
 def find(name: str) -> Template:
   """Returns a template by its name.
 

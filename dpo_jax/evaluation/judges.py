@@ -7,6 +7,7 @@ what they are made of: scores, log-probabilities of an answer, or a chat.
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Sequence
 
@@ -23,11 +24,31 @@ Messages = list[dict[str, str]]
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-  """Two responses to a prompt, in the order in which they are shown."""
+  """Two responses to a prompt, in the order in which they are shown.
+
+  Attributes:
+    prompt, first, second: texts.
+    first_ended, second_ended: whether the response ended or was cut, which a
+      reward model sees.
+  """
 
   prompt: str
   first: str
   second: str
+  first_ended: bool = True
+  second_ended: bool = True
+
+  @property
+  def texts(self) -> tuple[str, str, str]:
+    """All that can be read of it."""
+    return self.prompt, self.first, self.second
+
+  def swapped(self) -> "Comparison":
+    """Returns the same with the second response first."""
+    responses = self.second, self.first
+    return Comparison(
+      self.prompt, *responses, self.second_ended, self.first_ended
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +77,14 @@ class Judge:
     name: what reports call it.
     compare: returns a verdict for each comparison, in order.
     usage: returns what was spent so far, by name.
+    assumes_dialogue: whether its question is that of dialogue for want of a
+      name of another.
   """
 
   name: str
   compare: Callable[[Sequence[Comparison]], list[Verdict]]
   usage: Callable[[], dict[str, float]] = dict
+  assumes_dialogue: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +139,7 @@ def decide(
     raise ValueError(f"unknown order {order!r}; known: {', '.join(ORDERS)}")
   orders = [_swaps(x, order, seed) for x in comparisons]
   shown = [
-    Comparison(x.prompt, x.second, x.first) if is_swapped else x
+    x.swapped() if is_swapped else x
     for x, swaps in zip(comparisons, orders, strict=True)
     for is_swapped in swaps
   ]
@@ -145,40 +169,45 @@ def position_statistics(decisions: Sequence[Decision]) -> dict:
   }
 
 
-def score_judge(
-  name: str, score_fn: Callable[[list[str], list[str]], np.ndarray]
-) -> Judge:
+def score_judge(name: str, score_fn: Callable[..., np.ndarray]) -> Judge:
   """Returns the judge that prefers the higher score; equal ones are a tie.
 
   Args:
     name: what reports call it.
-    score_fn: (prompts, responses) -> f[n], such as a reward model. It is given
-      no prompt and response twice.
+    score_fn: (prompts, responses, ended) -> f[n], such as a reward model;
+      `ended` says which responses ended. It is given none twice.
   """
 
   def compare(comparisons: Sequence[Comparison]) -> list[Verdict]:
-    pairs = [(x.prompt, y) for x in comparisons for y in (x.first, x.second)]
-    texts = list(dict.fromkeys(pairs))
-    scores = score_fn([x for x, _ in texts], [y for _, y in texts])
+    pairs = [
+      (
+        (x.prompt, x.first, x.first_ended),
+        (x.prompt, x.second, x.second_ended),
+      )
+      for x in comparisons
+    ]
+    asked = list(dict.fromkeys(itertools.chain(*pairs)))
+    prompts, responses, ended = map(list, zip(*asked, strict=True))
+    scores = score_fn(prompts, responses, ended=ended)
     scores = np.asarray(scores, np.float64)
-    if scores.shape != (len(texts),) or not np.isfinite(scores).all():
+    if scores.shape != (len(asked),) or not np.isfinite(scores).all():
       raise ValueError(
-        f"judge {name!r}: {len(texts)} responses have scores of shape"
+        f"judge {name!r}: {len(asked)} responses have scores of shape"
         f" {scores.shape}, {int((~np.isfinite(scores)).sum())} of them not"
         " finite; allowed: one finite number each"
       )
-    of = dict(zip(texts, scores.tolist(), strict=True))
-    return [
-      _higher(of[x.prompt, x.first], of[x.prompt, x.second])
-      for x in comparisons
-    ]
+    of = dict(zip(asked, scores.tolist(), strict=True))
+    return [_higher(of[first], of[second]) for first, second in pairs]
 
   return Judge(name, compare)
 
 
 def length_judge() -> Judge:
   """Returns the judge that prefers more characters: what others must beat."""
-  count = lambda _, responses: np.array([len(x) for x in responses], np.float64)
+
+  def count(prompts, responses, ended):
+    return np.array([len(x) for x in responses], np.float64)
+
   return score_judge("length", count)
 
 
@@ -200,7 +229,7 @@ def likelihood_judge(
   """
 
   def compare(comparisons: Sequence[Comparison]) -> list[Verdict]:
-    questions = [template.fill(*dataclasses.astuple(x)) for x in comparisons]
+    questions = [template.fill(*x.texts) for x in comparisons]
     letters = judge_prompts.LETTERS
     logps = logps_fn(
       [question for question in questions for _ in letters],
@@ -242,7 +271,7 @@ def chat_judge(
     raise ValueError(f"judge {name!r}: max_asks={max_asks}: must be at least 1")
 
   def compare(comparisons: Sequence[Comparison]) -> list[Verdict]:
-    questions = [template.fill(*dataclasses.astuple(x)) for x in comparisons]
+    questions = [template.fill(*x.texts) for x in comparisons]
     chats = [[{"role": "user", "content": x}] for x in questions]
     verdicts = {}
     open_chats = dict(enumerate(chats))
@@ -281,7 +310,7 @@ def _swaps(comparison: Comparison, order: str, seed: int) -> tuple[bool, ...]:
     return ()
   if order == "both":
     return False, True
-  texts = json.dumps([seed, *dataclasses.astuple(comparison)])
+  texts = json.dumps([seed, *comparison.texts])
   return (bool(hashlib.sha256(texts.encode()).digest()[0] & 1),)
 
 

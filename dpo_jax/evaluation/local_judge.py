@@ -18,9 +18,9 @@ def make_logps_fn(
   """Returns (prompts, answers) -> f64[n], log-probability of each answer, nats.
 
   Where the tokenizer has a chat template the prompt is the user's message and
-  the answer the assistant's; else an empty line stands between them. EOS does
-  not count. NaN where prompt and answer are too long: a question without its
-  beginning is another one.
+  the answer the assistant's; else an empty line stands between them. What ends
+  the answer does not count. NaN where prompt and answer are too long: a
+  question without its beginning is another one.
 
   Args:
     path: a run folder, a folder in Hugging Face format or a hub name.
@@ -31,7 +31,9 @@ def make_logps_fn(
     ValueError: there is no such model, or a length out of range.
   """
   opened = source.open_model(path)
-  tokenizer = tokenize.load_tokenizer(opened.tokenizer)
+  tokenizer = tokenize.load_tokenizer(
+    opened.tokenizer, opened.config.vocab_size
+  )
   if max_length is None:
     is_bounded = opened.config.positions == "learned"
     bound = opened.config.max_positions if is_bounded else MAX_LENGTH
@@ -59,15 +61,15 @@ def make_logps_fn(
 
 
 def _encode(tokenizer, prompts, answers):
-  """Returns the token ids of prompts and of answers, EOS left out."""
+  """Returns the token ids of prompts and of answers, without their ends."""
   if tokenizer.chat_template is None:
     prompts = [prompt + "\n\n" for prompt in prompts]
   else:
     prompts = [[{"role": "user", "content": x}] for x in prompts]
     answers = [[{"role": "assistant", "content": x}] for x in answers]
   heads = tokenize.encode_prompts(tokenizer, prompts)
-  tails = tokenize.encode_responses(tokenizer, prompts, answers)
-  return heads, [tail[:-1] for tail in tails]
+  has_end = [False] * len(answers)
+  return heads, tokenize.encode_responses(tokenizer, prompts, answers, has_end)
 
 
 def _scores(opened, heads, tails, max_length) -> np.ndarray:

@@ -8,6 +8,7 @@ with many of them a little: compare methods of as many dots.
 import math
 from collections.abc import Sequence
 
+from dpo_jax import markdown
 from dpo_jax.evaluation.frontier import Frontier, Point
 
 
@@ -53,8 +54,9 @@ def compare(
   """Returns a Markdown table: a line a method, a column a KL.
 
   A cell has the reward, its standard error and the share of the possible gain
-  over the reference: of the best possible reward where that is trusted, else
-  of `max_reward`, and then "at least" that share.
+  over the reference's mean reward, as the line of what is possible has it: to
+  that line where it is trusted, else to `max_reward`, and then "at least" that
+  share.
 
   Args:
     points: of all methods.
@@ -66,25 +68,26 @@ def compare(
   (start,) = (x for x in points if x.label == reference_label)
   methods = dict.fromkeys(x.label for x in points if x.label != reference_label)
   head = ["method", *(f"{kl:g} nats" for kl in kls)]
-  lines = [head, ["---"] * len(head)]
+  rows = []
   for label in methods:
     dots = [start, *(x for x in points if x.label == label)]
-    cells = [_cell(dots, start, limit, kl, max_reward) for kl in kls]
-    lines.append([label, *cells])
+    cells = [_cell(dots, limit, kl, max_reward) for kl in kls]
+    rows.append([label, *cells])
   bests = [limit.reward_at(kl) for kl in kls]
   shown = [
     f"at most {max_reward:g}" if x is None else f"{x:.3f}" for x in bests
   ]
-  lines.append(["best possible", *shown])
-  return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+  rows.append(["best possible, at least", *shown])
+  return markdown.table(head, rows, num_left=len(head))
 
 
-def _cell(dots, start, limit, kl, max_reward) -> str:
+def _cell(dots, limit, kl, max_reward) -> str:
   found = reward_at(dots, kl)
   if found is None:
     return "-"
   reward, error = found
   best = limit.reward_at(kl)
-  share = (reward - start.reward) / ((best or max_reward) - start.reward)
   bound = "at least " if best is None else ""
+  most = max_reward if best is None else best
+  share = (reward - limit.start) / (most - limit.start)
   return f"{reward:.3f} +- {error:.3f}, {bound}{share:.0%}"

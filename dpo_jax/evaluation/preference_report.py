@@ -8,7 +8,6 @@ here is float64 numpy.
 """
 
 import dataclasses
-import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from jaxtyping import Float
 from matplotlib import axes, figure
 
 from dpo_jax import files
+from dpo_jax.evaluation import intervals
 from dpo_jax.types import Array, typed
 
 ALL = "all"
@@ -37,6 +37,7 @@ class Pair:
     policy: log-probabilities of chosen and rejected, nats.
     reference: the same under the reference.
     lengths: tokens of chosen and rejected.
+    prompt: what tells its prompt from others.
   """
 
   data: str
@@ -45,6 +46,7 @@ class Pair:
   policy: tuple[float, float]
   reference: tuple[float, float]
   lengths: tuple[int, int]
+  prompt: str
 
   @property
   def logratios(self) -> tuple[float, float]:
@@ -108,6 +110,8 @@ def calibration(
 def summarise(name: str, pairs: Sequence[Pair], beta: float) -> dict[str, Any]:
   """Returns the figures of a group of at least one pair.
 
+  The accuracy's ends are of its 95% interval over prompts.
+
   Args:
     name: what the group is called.
     pairs: its pairs.
@@ -115,15 +119,18 @@ def summarise(name: str, pairs: Sequence[Pair], beta: float) -> dict[str, Any]:
   """
   logratios = np.array([pair.logratios for pair in pairs], np.float64)
   margins = logratios[:, 0] - logratios[:, 1]
-  accuracy = float(np.mean(margins > 0))
+  accuracy = intervals.share(
+    np.float64(margins > 0).tolist(), [x.prompt for x in pairs], by_group=False
+  )
   reference = np.array([pair.reference for pair in pairs], np.float64)
   edges = np.histogram_bin_edges(logratios, NUM_HISTOGRAM_BINS)
   return {
     "subset": name,
     "num_pairs": len(pairs),
     "beta": beta,
-    "accuracy": accuracy,
-    "accuracy_stderr": math.sqrt(accuracy * (1 - accuracy) / len(pairs)),
+    "accuracy": accuracy["share"],
+    "accuracy_low": accuracy["low"],
+    "accuracy_high": accuracy["high"],
     "reference_accuracy": float(np.mean(reference[:, 0] > reference[:, 1])),
     "margin_mean": float(margins.mean()),
     "margin_std": float(margins.std()),
@@ -178,13 +185,15 @@ def table(found: Sequence[dict[str, Any]]) -> str:
   """Returns the figures of each group as lines of text."""
   width = max(len(x["subset"]) for x in [*found, {"subset": "subset"}])
   lines = [
-    f"{'subset':<{width}}  {'pairs':>6}  {'accuracy':>16}  {'reference':>9}"
+    f"{'subset':<{width}}  {'pairs':>6}  {'accuracy, 95%':>23}"
+    f"  {'reference':>9}"
     f"  {'margin (nats)':>13}  {'NLL':>6}  {'ECE':>6}"
   ]
   for x in found:
     lines.append(
       f"{x['subset']:<{width}}  {x['num_pairs']:>6}"
-      f"  {x['accuracy']:>7.4f} +- {x['accuracy_stderr']:.3f}"
+      f"  {x['accuracy']:>6.4f} ({x['accuracy_low']:.3f} to"
+      f" {x['accuracy_high']:.3f})"
       f"  {x['reference_accuracy']:>9.4f}  {x['margin_mean']:>13.3f}"
       f"  {x['calibration']['nll']:>6.4f}  {x['calibration']['ece']:>6.4f}"
     )
@@ -238,10 +247,15 @@ def _draw_calibration(ax: axes.Axes, summary: dict[str, Any]) -> None:
 
 
 def _draw_accuracies(ax: axes.Axes, found: Sequence[dict[str, Any]]) -> None:
+  low, mean, high = (
+    np.array([x[f"accuracy{end}"] for x in found])
+    for end in ("_low", "", "_high")
+  )
   ax.errorbar(
-    [x["accuracy"] for x in found],
+    mean,
     range(len(found)),
-    xerr=[x["accuracy_stderr"] for x in found],
+    # Rounding may leave an accuracy of 0 or 1 outside of its interval.
+    xerr=np.maximum([mean - low, high - mean], 0),
     fmt="o",
     color=CHOSEN_COLOR,
     capsize=2,

@@ -14,8 +14,8 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from dpo_jax.data import examples, jsonl
-from dpo_jax.evaluation import intervals, judges
+from dpo_jax.data import examples, jsonl, messages
+from dpo_jax.evaluation import intervals, judge_prompts, judges
 from dpo_jax.evaluation.judges import Decision
 
 POINTS = {judges.FIRST: 1.0, judges.TIE: 0.5, judges.SECOND: 0.0}
@@ -32,6 +32,7 @@ class Response:
     method: what produced it.
     temperature: that it was sampled at; None if its row does not say.
     step: of the run that produced it; None if its row does not say.
+    ended: whether it ended or was cut.
   """
 
   where: str
@@ -40,6 +41,7 @@ class Response:
   method: str
   temperature: float | None
   step: int | None = None
+  ended: bool = True
 
   @property
   def cell(self) -> tuple[str, float | None, int | None]:
@@ -68,7 +70,7 @@ class Cell:
     wins, ties, losses, unparsed: they add up to that.
     win_rate: mean over prompts.
     low, high: the 95% interval.
-    interval: its kind, `wilson` or `bootstrap`.
+    effective_size: independent comparisons that would tell as much.
     first_share, consistency: of `judges.position_statistics`.
   """
 
@@ -84,7 +86,7 @@ class Cell:
   win_rate: float | None
   low: float | None
   high: float | None
-  interval: str | None
+  effective_size: float | None
   first_share: float | None
   consistency: float | None
 
@@ -124,7 +126,8 @@ def read_responses(spec: str) -> list[Response]:
       )
     prompt, text = _as_text(example["prompt"]), _as_text(example["response"])
     cell = method, _temperature(row, where), _step(row, where)
-    kept.append(Response(where, prompt, text, *cell))
+    ended = example.get("ended", True)
+    kept.append(Response(where, prompt, text, *cell, ended))
   notes = "".join(f"; {n} dropped: {why}" for why, n in dropped.items())
   if not kept:
     raise ValueError(f"{path!r}: no row is kept{notes}")
@@ -165,23 +168,37 @@ def match(
 def compare(
   judge: judges.Judge, matches: Sequence[Match], *, order: str, seed: int
 ) -> list[Decision]:
-  """Returns a decision for each match, in which the policy is `first`."""
+  """Returns a decision for each match, in which the policy is `first`.
+
+  Raises:
+    ValueError: a prompt that asks for a summary, and a judge that would be
+      asked which answer to a chatbot is more helpful.
+  """
+  for one in matches if judge.assumes_dialogue else ():
+    if judge_prompts.asks_summary(one.policy.prompt):
+      raise ValueError(
+        f"{one.policy.where}: the prompt, which ends"
+        f" {one.policy.prompt[-20:]!r}, asks for a summary: name the judge's"
+        f" prompt; allowed: --judge_prompt={'|'.join(judge_prompts.TEMPLATES)}"
+      )
   comparisons = [
-    judges.Comparison(x.policy.prompt, x.policy.text, x.baseline.text)
+    judges.Comparison(
+      *(x.policy.prompt, x.policy.text, x.baseline.text),
+      *(x.policy.ended, x.baseline.ended),
+    )
     for x in matches
   ]
   return judges.decide(judge, comparisons, order=order, seed=seed)
 
 
 def summarise(
-  matches: Sequence[Match], decisions: Sequence[Decision], *, seed: int
+  matches: Sequence[Match], decisions: Sequence[Decision]
 ) -> list[Cell]:
   """Returns the cells by method as they came, by temperature, and by step.
 
   Args:
     matches: at least one.
     decisions: of `compare`.
-    seed: of the bootstrap.
   """
   groups = collections.defaultdict(list)
   for one, decision in zip(matches, decisions, strict=True):
@@ -190,7 +207,7 @@ def summarise(
   place = lambda x: (x is None, x or 0)
   order = lambda cell: (methods.index(cell[0]), *map(place, cell[1:]))
   cells = sorted(groups, key=order)
-  return [_cell(*cell, groups[cell], seed) for cell in cells]
+  return [_cell(*cell, groups[cell]) for cell in cells]
 
 
 def _cell(
@@ -198,17 +215,13 @@ def _cell(
   temperature: float | None,
   step: int | None,
   group: list[tuple[str, Decision]],
-  seed: int,
 ) -> Cell:
   decisions = [decision for _, decision in group]
   counts = collections.Counter(decision.preferred for decision in decisions)
   parsed = [(x, y.preferred) for x, y in group if y.preferred is not None]
   prompts = [prompt for prompt, _ in parsed]
   found = intervals.share(
-    [POINTS[preferred] for _, preferred in parsed],
-    prompts,
-    by_group=True,
-    seed=seed,
+    [POINTS[preferred] for _, preferred in parsed], prompts, by_group=True
   )
   return Cell(
     method=method,
@@ -230,9 +243,13 @@ def _as_text(value: examples.Text) -> str:
   """Returns messages as a transcript, one alone as what it says."""
   if isinstance(value, str):
     return value
+  if isinstance(value, dict):  # messages with tools
+    value = value["messages"]
+  said = [messages.text(message) for message in value]
   if len(value) == 1:
-    return value[0]["content"]
-  return "\n\n".join(f"{x['role'].title()}: {x['content']}" for x in value)
+    return said[0]
+  turns = zip(value, said, strict=True)
+  return "\n\n".join(f"{x['role'].title()}: {text}" for x, text in turns)
 
 
 def _temperature(row: dict[str, Any], where: str) -> float | None:

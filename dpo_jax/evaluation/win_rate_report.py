@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib import axes, figure
 
-from dpo_jax import files
+from dpo_jax import files, markdown
 from dpo_jax.evaluation import frontier, judges, win_rate
 from dpo_jax.evaluation.win_rate import Cell, Match
 
@@ -30,7 +30,7 @@ def evaluate(
     baseline: a file of responses to the same prompts.
     output: folder; see `write`.
     order: of `judges.ORDERS`.
-    seed: of random orders and of the bootstrap.
+    seed: of random orders.
 
   Raises:
     ValueError: a file that cannot be read or matched.
@@ -42,7 +42,7 @@ def evaluate(
   prompts = {x.prompt for x in against}
   settings = {"order": order, "seed": seed, "baseline": baseline}
   settings |= {"num_baseline_prompts": len(prompts), "judge": judge.name}
-  cells = win_rate.summarise(matches, decisions, seed=seed)
+  cells = win_rate.summarise(matches, decisions)
   settings["usage"] = judge.usage()
   return write(output, cells, settings, matches, decisions)
 
@@ -79,20 +79,17 @@ def write(
 
 def table(cells: Sequence[Cell]) -> str:
   """Returns the cells as a Markdown table; a dash stands for what is not."""
-  lines = [
-    "| method | temperature | step | prompts | comparisons | wins | ties"
-    " | losses | unparsed | win rate | 95% interval | shown first"
-    " | consistent |",
-    "|---|" + "---:|" * 12,
-  ]
+  head = "method,temperature,step,prompts,comparisons,wins,ties,losses,unparsed"
+  head += ",win rate,95% interval,shown first,consistent"
+  rows = []
   for x in cells:
     values = [x.method, "-" if x.temperature is None else f"{x.temperature:g}"]
     values += ["-" if x.step is None else x.step]
     values += [x.num_prompts, x.num_comparisons, x.wins, x.ties, x.losses]
     values += [x.unparsed, number(x.win_rate), interval(x.low, x.high)]
     values += [number(x.first_share), number(x.consistency)]
-    lines.append("| " + " | ".join(map(str, values)) + " |")
-  return "\n".join(lines)
+    rows.append(values)
+  return markdown.table(head.split(","), rows)
 
 
 def number(value: float | None) -> str:
@@ -130,7 +127,7 @@ def draw(ax: axes.Axes, cells: Sequence[Cell]) -> None:
         ax.axhspan(x.low, x.high, color=color, alpha=0.12, linewidth=0)
     found = [x for x in found if getattr(x, over) is not None]
     if found:
-      # A bootstrap of skewed values may leave their mean outside by rounding.
+      # Rounding may leave a rate of 0 or 1 outside of its interval.
       below = [max(x.win_rate - x.low, 0) for x in found]
       above = [max(x.high - x.win_rate, 0) for x in found]
       ax.errorbar(

@@ -53,6 +53,34 @@ def kto(
   )
 
 
+@registry.register(honours=_HONOURS, inputs="labelled")
+@typed
+def apo_zero_unpaired(
+  pairs: PairLogps,
+  *,
+  beta: Positive,
+  desirable_weight: Positive,
+  undesirable_weight: Positive,
+) -> Logps:
+  """Returns a (1 - s(beta u)), and b s(beta v).
+
+  D'Oosterlinck et al. 2024 (APO, arXiv 2408.06266): `apo_zero` of responses one
+  by one, as TRL has it. As `kto` with K = 0, so that no mismatched responses
+  are scored.
+
+  Args:
+    pairs: log-probabilities.
+    beta: scales log-ratios to rewards.
+    desirable_weight: a, of desirable responses.
+    undesirable_weight: b, of undesirable ones.
+  """
+  return mean_of_present(
+    pairs,
+    desirable_weight * jax.nn.sigmoid(-beta * pairs.chosen_logratio),
+    undesirable_weight * jax.nn.sigmoid(beta * pairs.rejected_logratio),
+  )
+
+
 def _next_reward(pairs: PairLogps, state: State, *, beta, **weights):
   del weights
   rewards = beta * jnp.concatenate(
@@ -86,6 +114,10 @@ def bco(
   Jung et al. 2024 (BCO, arXiv 2404.04656), with the reward shift delta: the
   mean reward of all responses of this batch and of those before it, each
   weighing the same, as in TRL's trainer.
+
+  Differs: there are no density ratios, by which its authors weigh undesirable
+  responses whose prompts are of another distribution than those of desirable
+  ones. It is theirs where both kinds have the same prompts.
 
   Args:
     pairs: log-probabilities of the whole batch.

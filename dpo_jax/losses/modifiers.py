@@ -128,8 +128,6 @@ def wpo_log_weights(
   Zhou et al. 2024 (WPO, arXiv 2406.11827), eq 2, sampled alignment:
   w = exp(mean over response tokens of log p(token) - log sum_v p_v^2).
 
-  A weight may exceed 1; it is not clipped (nor is it in TRL 1.16).
-
   Args:
     policy: with `log_sum_squares`.
     rows: the rows that hold the pairs.
@@ -141,9 +139,20 @@ def wpo_log_weights(
 
 
 @typed
-def weighted(losses: Logps, log_weights: Logps) -> Logps:
-  """Returns pair losses times their WPO weights; see `wpo_log_weights`."""
-  return losses * jnp.exp(jax.lax.stop_gradient(log_weights))
+def weighted(losses: Logps, log_weights: Logps, max_weight: float) -> Logps:
+  """Returns pair losses times min(w_w w_l, max_weight), WPO's weights.
+
+  Its authors' code stops the product at 1. Unbounded, as in TRL 1.16, it is
+  often far above: text that was sampled below temperature 1 consists of tokens
+  that are likelier than those the policy would draw.
+
+  Args:
+    losses: of pairs.
+    log_weights: of `wpo_log_weights`.
+    max_weight: above 0; inf leaves the product as it is.
+  """
+  bounded = jnp.minimum(log_weights, math.log(max_weight))
+  return losses * jnp.exp(jax.lax.stop_gradient(bounded))
 
 
 @typed

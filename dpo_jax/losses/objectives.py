@@ -15,6 +15,7 @@ from dpo_jax.losses import (
   registry,
   reward_model,  # noqa: F401, puts its losses in the table
   running,  # noqa: F401, puts its losses in the table
+  scored,  # noqa: F401, puts its losses in the table
 )
 from dpo_jax.losses.registry import Logps, Loss, PairLogps, Range
 from dpo_jax.types import Array, Rows
@@ -52,6 +53,7 @@ class Objective:
   f_alpha: float | None
   ld_alpha: float
   wpo: bool
+  wpo_max_weight: float
   sft_weight: float
   prompt_nll: bool
 
@@ -129,15 +131,15 @@ class Objective:
       log_weights: `modifiers.wpo_log_weights`, where these are needed.
       state: a scalar for each name of `state`, where there are any.
     """
-    scored = pairs
+    compared = pairs
     if self.f_divergence != "reverse_kl":
-      scored = modifiers.with_scores(pairs, self.f_divergence, self.f_alpha)
+      compared = modifiers.with_scores(pairs, self.f_divergence, self.f_alpha)
     losses = sum(
-      term.weight * term.call(term.loss.fn, scored, state)
+      term.weight * term.call(term.loss.fn, compared, state)
       for term in self.terms
     )
     if self.wpo:
-      losses = modifiers.weighted(losses, log_weights)
+      losses = modifiers.weighted(losses, log_weights, self.wpo_max_weight)
     if self.sft_weight:
       losses += self.sft_weight * modifiers.chosen_nll(pairs)
     return losses
@@ -163,6 +165,7 @@ def make_objective(
   f_alpha: float | None = None,
   ld_alpha: float = 1.0,
   wpo: bool = False,
+  wpo_max_weight: float = 1.0,
   sft_weight: float = 0.0,
   prompt_nll: bool = False,
 ) -> Objective:
@@ -177,6 +180,7 @@ def make_objective(
     f_alpha: the alpha of `f_divergence="alpha"`, not 1.
     ld_alpha: weight, in [0, 1], of tokens past the shorter response's length.
     wpo: weight pairs by their probability under the policy.
+    wpo_max_weight: bound, above 0, of that weight; inf: none.
     sft_weight: weight, at least 0, of the chosen responses' token-mean NLL.
     prompt_nll: whether the loss's own token-mean NLL covers prompts too.
 
@@ -187,6 +191,12 @@ def make_objective(
   modifiers.check_f_divergence(f_divergence, f_alpha)
   registry.check("ld_alpha", ld_alpha, Range(0, 1, "[]"))
   registry.check("sft_weight", sft_weight, Range(0, math.inf, "[)"))
+  if not wpo_max_weight > 0:
+    raise ValueError(f"loss.wpo_max_weight={wpo_max_weight:g}: must be above 0")
+  if wpo_max_weight != 1 and not wpo:
+    raise ValueError(
+      f"loss.wpo_max_weight={wpo_max_weight:g}: only with loss.wpo=True"
+    )
   used = {
     "f_divergence": f_divergence != "reverse_kl",
     "ld_alpha": ld_alpha != 1,
@@ -210,6 +220,7 @@ def make_objective(
     f_alpha=None if f_alpha is None else float(f_alpha),
     ld_alpha=float(ld_alpha),
     wpo=bool(wpo),
+    wpo_max_weight=float(wpo_max_weight),
     sft_weight=float(sft_weight),
     prompt_nll=bool(prompt_nll),
   )

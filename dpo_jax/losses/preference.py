@@ -24,6 +24,7 @@ from dpo_jax.losses.registry import (
   Positive,
   PositiveFlipRate,
   Scalar,
+  Share,
 )
 from dpo_jax.types import Array, typed
 
@@ -222,6 +223,11 @@ def discopop(pairs: PairLogps, *, beta: Positive, tau: Positive) -> Logps:
 
   Lu et al. 2024 (DiscoPOP, arXiv 2406.08414), eq 5 with tau = 0.05. At tau
   above 1 the loss of a negative margin grows exponentially.
+
+  Beware: where tau is below (1 - log 2) / 3 = 0.102, the first steps lower the
+  margins. At tau 0.05 the loss has a minimum at z = -0.119, rises through
+  z = 0, where a policy that is its reference begins, to a maximum at z = 0.072
+  and falls beyond it. Pairs get over it by what others teach, or stay behind.
   """
   z = beta * pairs.margin
   # m exp(-z) in one exponential: where exp(-z) overflows, m is 0.
@@ -266,6 +272,21 @@ def dpop(pairs: PairLogps, *, beta: Positive, lambda_: NotNegative) -> Logps:
 
 @registry.register(honours=_PAIRWISE)
 @typed
+def dpo_shift(pairs: PairLogps, *, beta: Positive, shift: Share) -> Logps:
+  """Returns -ls(beta (u - f v)), f = shift.
+
+  Yang et al. 2025 (DPO-Shift, arXiv 2502.07599): the less the rejected counts,
+  the more of the margin comes from a chosen that becomes likelier, and the
+  smaller it grows. f of 1 gives `dpo`.
+
+  Differs: f is fixed; the paper also lets it run linearly over training.
+  """
+  u, v = pairs.chosen_logratio, pairs.rejected_logratio
+  return registry.smoothed(beta * (u - shift * v), 0.0)
+
+
+@registry.register(honours=_PAIRWISE)
+@typed
 def cal_dpo(pairs: PairLogps, *, beta: Positive) -> Logps:
   """Returns -ls(d) + (u - 1 / (2 beta))^2 + (v + 1 / (2 beta))^2.
 
@@ -300,21 +321,6 @@ def chi_po(pairs: PairLogps, *, beta: Positive, r_max: Positive) -> Logps:
   )
   margin = beta * (chosen - rejected)
   return registry.smoothed(jnp.clip(margin, -2 * r_max, 2 * r_max), 0.0)
-
-
-@registry.register(honours=_PAIRWISE, inputs="scored_pairs")
-@typed
-def odpo(pairs: PairLogps, *, beta: Positive, alpha: NotNegative) -> Logps:
-  """Returns -ls(z - alpha log(score of chosen - score of rejected)).
-
-  Amini et al. 2024 (ODPO, arXiv 2402.10571): the reward margin must exceed an
-  offset that rises with the difference of the data's scores, which is above
-  0. A gap below 1 gives a negative offset. alpha of 0 gives `dpo`.
-  """
-  assert pairs.score_gaps is not None, "odpo reads scored pairs"
-  has_pair = pairs.score_gaps > 0
-  offset = alpha * jnp.log(jnp.where(has_pair, pairs.score_gaps, 1.0))
-  return registry.smoothed(beta * pairs.margin - offset, 0.0)
 
 
 @registry.register(honours=_SORTED, looks_across_batch=True)

@@ -11,11 +11,13 @@ import jax.numpy as jnp
 
 from dpo_jax.losses import modifiers, registry
 from dpo_jax.losses.registry import (
+  Finite,
   FlipRate,
   Logps,
   NotNegative,
   PairLogps,
   Positive,
+  Scalar,
   UnitInterval,
 )
 from dpo_jax.types import Array, typed
@@ -94,6 +96,59 @@ def simpo(
   return registry.smoothed(margin, label_smoothing)
 
 
+@registry.register(honours=_PAIRWISE, needs_reference=False)
+@typed
+def alpha_po(
+  pairs: PairLogps, *, beta: Positive, gamma: NotNegative, alpha: Finite
+) -> Logps:
+  """Returns -ls(beta (r(aw) - r(al)) - gamma), r(a) = (1 - p^-alpha) / alpha.
+
+  Gupta et al. 2025 (AlphaPO, arXiv 2501.03884), with p = exp(a), the geometric
+  mean of a response's token probabilities: `simpo` with a reward that bends. At
+  alpha above 0 unlikely responses differ by more than likely ones of the same
+  distance in nats, so that pairs of likely responses are pulled less; alpha of
+  0, the limit, gives `simpo`.
+
+  Differs: exponents stop at 80, so that no reward overflows; past it a reward
+  is constant and has no gradient.
+
+  Args:
+    pairs: log-probabilities.
+    beta: scales rewards.
+    gamma: the margin that is wanted, as in `simpo`.
+    alpha: of the reward's shape.
+  """
+  chosen, rejected = (
+    _bent(mean_logps, alpha) for mean_logps in _mean_token_logps(pairs)
+  )
+  return registry.smoothed(beta * (chosen - rejected) - gamma, 0.0)
+
+
+@registry.register(honours=_PAIRWISE, needs_reference=False)
+@typed
+def simper(pairs: PairLogps) -> Logps:
+  """Returns exp(al) - exp(aw): nothing to tune but the learning rate.
+
+  Xiao et al. 2025 (SimPER, arXiv 2502.00883): the inverse perplexity of the
+  chosen response should rise and that of the rejected fall. Between -1 and 1,
+  and flat for a response that is unlikely already.
+  """
+  chosen, rejected = _mean_token_logps(pairs)
+  return jnp.exp(rejected) - jnp.exp(chosen)
+
+
+@registry.register(honours=_PAIRWISE, needs_reference=False)
+@typed
+def repo(pairs: PairLogps, *, gamma: NotNegative) -> Logps:
+  """Returns max(0, gamma - (aw - al)).
+
+  Wu et al. 2025 (RePO, arXiv 2503.07426): `simpo` at a beta without bound. A
+  pair whose margin is gamma, in nats of a mean token, no longer counts.
+  """
+  chosen, rejected = _mean_token_logps(pairs)
+  return jax.nn.relu(gamma - (chosen - rejected))
+
+
 @registry.register(honours=_WITH_PROMPT, needs_reference=False)
 @typed
 def orpo(pairs: PairLogps, *, lambda_: NotNegative) -> Logps:
@@ -154,6 +209,13 @@ def _mean_token_logps(pairs: PairLogps) -> tuple[Array, Array]:
     pairs.policy_chosen / jnp.maximum(pairs.chosen_lengths, 1),
     pairs.policy_rejected / jnp.maximum(pairs.rejected_lengths, 1),
   )
+
+
+def _bent(mean_logps: Array, alpha: Scalar) -> Array:
+  """Returns (1 - exp(-alpha x)) / alpha of each x, and x where alpha is 0."""
+  power = jnp.minimum(-alpha * mean_logps, modifiers.MAX_EXPONENT)
+  divisor = jnp.where(alpha == 0, 1.0, -alpha).astype(mean_logps.dtype)
+  return jnp.where(alpha == 0, mean_logps, jnp.expm1(power) / divisor)
 
 
 def _log1mexp(x: Array) -> Array:

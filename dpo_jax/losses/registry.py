@@ -39,6 +39,8 @@ class Range:
     return above and below
 
   def __str__(self) -> str:
+    if self.low == -math.inf:
+      return "finite"
     if self.high == math.inf:
       return (
         f"{'at least' if self.brackets[0] == '[' else 'above'} {self.low:g}"
@@ -50,6 +52,8 @@ Positive = Annotated[Scalar, Range(0, math.inf, "()")]
 NotNegative = Annotated[Scalar, Range(0, math.inf, "[)")]
 UnitInterval = Annotated[Scalar, Range(0, 1, "[]")]
 Fraction = Annotated[Scalar, Range(0, 1, "[)")]
+Share = Annotated[Scalar, Range(0, 1, "(]")]
+Finite = Annotated[Scalar, Range(-math.inf, math.inf, "()")]
 # A label wrong half of the time says nothing, and more often, the opposite.
 FlipRate = Annotated[Scalar, Range(0, 0.5, "[)")]
 PositiveFlipRate = Annotated[Scalar, Range(0, 0.5, "()")]
@@ -126,6 +130,15 @@ class Loss:
   state: tuple[str, ...] = ()  # scalars that steps hand on, 0 at first
   next_state: Callable[..., dict[str, Array]] | None = None  # called as `fn`
   head: str = "vocabulary"  # of `ModelConfig`; others yield scores, not logps
+
+  def paragraphs(self, begin: str) -> list[str]:
+    """Returns those of its docstring that begin so, without that, a line each.
+
+    `Differs:` tells it from its source, `Beware:` is said when it is run.
+    """
+    found = inspect.getdoc(self.fn).split("\n\n")
+    lines = (" ".join(x.split()) for x in found)
+    return [x[len(begin) :].strip() for x in lines if x.startswith(begin)]
 
   def range_of(self, hyperparameter: str) -> Range:
     """Returns what values the loss allows."""

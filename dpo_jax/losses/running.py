@@ -59,7 +59,9 @@ def beta_dpo(
   Differs: b is at least a hundredth of beta; pairs are not filtered, and M0
   starts at 0, the margin of a policy that is its reference. Its authors' code
   takes means of d, not of z, and counts this batch in M0 as well: its alpha of
-  0.6, at beta 0.1 and momentum 0.9, is 5.4 here.
+  0.6, with its momentum of 0.9, is 0.54 / beta here, 5.4 at its beta of 0.1. It
+  also draws four fifths of a batch's pairs, those near the running mean
+  likelier, and leaves out the others.
 
   Args:
     pairs: log-probabilities of the whole batch.

@@ -21,6 +21,13 @@ CHOICES = {
 }
 
 
+# Fields that are at least 1, where they are not None.
+SIZES = (
+  *("vocab_size", "num_layers", "d_model", "d_mlp", "num_heads"),
+  *("head_width", "max_positions", "rotary_width", "window", "vocab_multiple"),
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
   """The stretching of rotary wavelengths beyond the trained length.
@@ -84,6 +91,8 @@ class ModelConfig:
     experts_per_token: how many it picks.
     dtype: what activations are computed in.
     param_dtype: what parameters are kept in.
+    wide_dtype: what those are kept in that are computed with in float32,
+      whatever `dtype`: norms, a head's bias, a scalar head; None: as all.
     vocab_multiple: embedding and head have rows up to a multiple of it, so
       that a mesh divides them; no token is one of those.
     remat: which activations of a block the backward pass recomputes: `none`
@@ -127,6 +136,7 @@ class ModelConfig:
   experts_per_token: int = 0
   dtype: str = "float32"
   param_dtype: str = "float32"
+  wide_dtype: str | None = None
   vocab_multiple: int = 1
   remat: str = "none"
   lora: Lora | None = None
@@ -136,6 +146,9 @@ class ModelConfig:
       value = getattr(self, name)
       if value not in known:
         raise ValueError(f"model {name} {value!r}; known: {', '.join(known)}")
+    for name in SIZES:
+      if (value := getattr(self, name)) is not None and value < 1:
+        raise ValueError(f"model {name}={value}: must be at least 1")
     if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
       raise ValueError(
         f"model num_kv_heads={self.num_kv_heads}: must divide"
@@ -147,16 +160,10 @@ class ModelConfig:
         f"model head_width={self.head_width}, of which {width} turn: rotary"
         " positions need an even part of it"
       )
-    if self.window is not None and self.window < 1:
-      raise ValueError(f"model window={self.window}: must be at least 1")
     if len(self.sliding) != (self.num_layers if self.window else 0):
       raise ValueError(
         f"model window={self.window} and {len(self.sliding)} entries of"
         f" sliding: there are {self.num_layers} layers"
-      )
-    if self.vocab_multiple < 1:
-      raise ValueError(
-        f"model vocab_multiple={self.vocab_multiple}: must be at least 1"
       )
     if not 0 <= self.experts_per_token <= self.num_experts:
       raise ValueError(
@@ -168,6 +175,15 @@ class ModelConfig:
   def num_vocab_rows(self) -> int:
     """How many rows the embedding and the head have."""
     return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+  def frozen(self, dtype: str) -> "ModelConfig":
+    """Returns the model with weights that are read and kept in `dtype`.
+
+    Where that is what it computes in, its states are bit for bit those of the
+    model that rounds float32 weights at each use: what is computed with in
+    float32 stays so.
+    """
+    return dataclasses.replace(self, param_dtype=dtype, wide_dtype="float32")
 
 
 _LLAMA = {

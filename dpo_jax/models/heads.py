@@ -38,7 +38,8 @@ def with_new_score(
 
   Its weights are drawn like all others', normal with deviation 0.02.
   """
-  shape, dtype = (1, config.d_model), jnp.dtype(config.param_dtype)
+  shape = (1, config.d_model)
+  dtype = jnp.dtype(config.wide_dtype or config.param_dtype)
   score = layers.INIT_STDDEV * jax.random.normal(rng, shape, jnp.float32)
   kept = {name: x for name, x in params.items() if name not in NAMES}
   return kept | {"score": score.astype(dtype)}

@@ -4,12 +4,10 @@
 holds which of our parameters.
 """
 
-import dataclasses
 import itertools
 import json
 import os
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import huggingface_hub
@@ -17,23 +15,21 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dpo_jax import files
+from dpo_jax import files, schema
 from dpo_jax.models import (
+  finite,
   huggingface_config,
   huggingface_names,
+  huggingface_tensors,
   safetensors,
   transformer,
 )
 from dpo_jax.models.config import ModelConfig
 from dpo_jax.types import Params
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+WEIGHTS, INDEX = huggingface_tensors.WEIGHTS, huggingface_tensors.INDEX
 SHARD = "model-{:05d}-of-{:05d}.safetensors"
 WEIGHT_FILES = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
-
-# How many names an error lists of each kind.
-MAX_NAMES = 8
 
 # The parts of a hub repository that a model and its tokenizer are made of.
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
@@ -64,10 +60,9 @@ def read_config(folder: str) -> ModelConfig:
     ValueError: no config.json, or one that asks for what we do not have.
   """
   path = os.path.join(folder, "config.json")
-  if not os.path.isfile(path):
+  if not os.path.exists(path):
     raise ValueError(f"no such file {path}: not a model in Hugging Face format")
-  with open(path) as file:
-    values = json.load(file)
+  values = schema.read(path, {})
   try:
     return huggingface_config.parse(values)
   except ValueError as error:
@@ -89,11 +84,12 @@ def load_params(
     shardings: a NamedSharding for each parameter, in their tree.
 
   Raises:
-    ValueError: tensors are missing, unexpected or of the wrong shape.
+    ValueError: tensors are missing, unexpected or of the wrong shape; they hold
+      NaN or infinity; or there is a head beside a tied embedding that is not
+      the same.
   """
-  stored = _open_folder(folder, config)
+  stored = huggingface_tensors.read(folder, config)
   places = huggingface_names.places(config)
-  _check(folder, stored, places, config)
 
   def load(path, leaf, sharding):
     place = places[huggingface_names.leaf_name(path)]
@@ -113,7 +109,10 @@ def load_params(
     return _place(leaf.shape, sharding, read)
 
   shapes = transformer.param_shapes(config)
-  return jax.tree_util.tree_map_with_path(load, shapes, shardings)
+  params = jax.tree_util.tree_map_with_path(load, shapes, shardings)
+  for name in finite.broken(params):
+    huggingface_tensors.raise_broken(stored, places[name], config)
+  return params
 
 
 def save_model(
@@ -122,7 +121,7 @@ def save_model(
   params: Params,
   *,
   bos_token_id: int | None = None,
-  eos_token_id: int | None = None,
+  eos_token_id: int | list[int] | None = None,
   max_shard_bytes: float = 5e9,
 ) -> None:
   """Writes config.json and the parameters, in the dtype that they have.
@@ -135,9 +134,13 @@ def save_model(
     config: the model.
     params: its parameters, laid out in any way.
     bos_token_id: the tokenizer's, for whoever generates from the folder.
-    eos_token_id: likewise.
+    eos_token_id: what ends a response: one id or several.
     max_shard_bytes: several files and an index are written above this.
+
+  Raises:
+    ValueError: a parameter holds NaN or infinity; nothing is written then.
   """
+  finite.check(params, f"{folder} is not written")
   writes = jax.process_index() == 0
   outputs = _outputs(config, params)
   shards = _shards(outputs, max_shard_bytes)
@@ -167,7 +170,7 @@ def write_config(
   config: ModelConfig,
   *,
   bos_token_id: int | None = None,
-  eos_token_id: int | None = None,
+  eos_token_id: int | list[int] | None = None,
 ) -> None:
   """Writes config.json alone; the arguments are those of `save_model`."""
   values = huggingface_config.render(config)
@@ -200,83 +203,6 @@ def _place(
     pieces += jax.block_until_ready(placed)
     del piece
   return jax.make_array_from_single_device_arrays(shape, layout, pieces)
-
-
-@dataclasses.dataclass(frozen=True)
-class _LogOdds:
-  """A classifier's tensor for two labels, as the one row that we keep."""
-
-  stored: safetensors.Stored
-
-  @property
-  def shape(self) -> tuple[int, ...]:
-    count, *rest = self.stored.shape
-    return (count - 1, *rest)
-
-  def view(self) -> np.ndarray:
-    """Returns f32[1,D]."""
-    first, second = self.stored.view()
-    return (second.astype(np.float32) - first)[None]
-
-
-def _open_folder(
-  folder: str, config: ModelConfig
-) -> dict[str, safetensors.Stored | _LogOdds]:
-  """Returns the tensors by name, those that we have a use for."""
-  names = [WEIGHTS]
-  if not os.path.isfile(os.path.join(folder, WEIGHTS)):
-    path = os.path.join(folder, INDEX)
-    if not os.path.isfile(path):
-      raise ValueError(f"{folder} holds no {WEIGHTS} and no {INDEX}")
-    with open(path) as file:
-      names = sorted(set(json.load(file)["weight_map"].values()))
-  prefix = huggingface_names.prefix(config.family)
-  unused = huggingface_names.unused(config)
-  stored = {}
-  for name in names:
-    tensors = safetensors.open_file(os.path.join(folder, name))
-    for key, tensor in tensors.items():
-      bare = key.removeprefix(prefix)
-      if not re.fullmatch(unused, bare):
-        if bare == huggingface_names.SCORE and config.head == "classifier":
-          tensor = _LogOdds(tensor)
-        is_head = bare.startswith(huggingface_names.HEAD_PREFIXES)
-        stored[bare if is_head else prefix + bare] = tensor
-  return stored
-
-
-def _check(
-  folder: str,
-  stored: dict[str, safetensors.Stored | _LogOdds],
-  places: dict[str, huggingface_names.Place],
-  config: ModelConfig,
-) -> None:
-  """Raises ValueError unless the tensors are those that the config has."""
-  expected = {
-    place.tensor.name.format(*index): place.file_shape
-    for place in places.values()
-    for index in _indices(place.tensor, config)
-  }
-  shapes = [
-    f"{name} is {list(stored[name].shape)}, not {list(shape)}"
-    for name, shape in expected.items()
-    if name in stored and stored[name].shape != shape
-  ]
-  problems = {
-    "missing tensors": [name for name in expected if name not in stored],
-    "unexpected tensors": [name for name in stored if name not in expected],
-    "wrong shapes": shapes,
-  }
-  if any(problems.values()):
-    text = "; ".join(
-      f"{what}: {', '.join(names[:MAX_NAMES])}"
-      + (f" and {len(names) - MAX_NAMES} more" * (len(names) > MAX_NAMES))
-      for what, names in problems.items()
-      if names
-    )
-    raise ValueError(
-      f"{folder} does not hold what its config.json says: {text}"
-    )
 
 
 def _outputs(config: ModelConfig, params: Params) -> list[safetensors.Output]:
@@ -315,17 +241,9 @@ def _outputs(config: ModelConfig, params: Params) -> list[safetensors.Output]:
   by_layer = [
     (index[:1], output(tensor, index))
     for tensor in tensors
-    for index in _indices(tensor, config)
+    for index in huggingface_tensors.indices(tensor, config)
   ]
   return [output for _, output in sorted(by_layer, key=lambda x: x[0])]
-
-
-def _indices(
-  tensor: huggingface_names.Tensor, config: ModelConfig
-) -> Iterator[tuple[int, ...]]:
-  """Returns the layers, and experts, for each of which there is a tensor."""
-  sizes = (config.num_layers, config.num_experts)[: tensor.num_stacked]
-  return itertools.product(*map(range, sizes))
 
 
 @jax.jit

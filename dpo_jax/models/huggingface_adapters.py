@@ -7,7 +7,7 @@ read becomes one of the same first factor for each.
 """
 
 import dataclasses
-import json
+import itertools
 import os
 import re
 from typing import Any
@@ -15,10 +15,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from dpo_jax import files
+from dpo_jax import files, schema
 from dpo_jax.models import (
+  finite,
   huggingface,
   huggingface_names,
+  huggingface_tensors,
   lora,
   safetensors,
 )
@@ -28,9 +30,20 @@ from dpo_jax.types import Params
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+_RANK = schema.integer(1, 2**20)
 # What a config must say, if it says anything, for B A to be all there is; and
 # the keys that must be off, as those of variants of LoRA must be.
 PLAIN = {"peft_type": "LORA", "bias": "none"}
+KINDS = {
+  "peft_type": schema.STRING,
+  "bias": schema.STRING,
+  "base_model_name_or_path": schema.STRING,
+  "r": _RANK,
+  "rank_pattern": schema.object_of(_RANK),
+  "lora_alpha": schema.POSITIVE,
+  "alpha_pattern": schema.object_of(schema.POSITIVE),
+  "use_rslora": schema.BOOLEAN,
+}
 OFF = r"""
   use_(?!rslora).*|.*_config|modules_to_save|layer_replication|lora_bias
   |trainable_token_indices|target_parameters|alora_invocation_tokens
@@ -56,15 +69,19 @@ def read_config(folder: str) -> dict[str, Any]:
   """Returns what adapter_config.json says.
 
   Raises:
-    ValueError: it is not JSON, or asks for more than the product of two
-      factors.
+    ValueError: it is not JSON, has a value of a wrong kind, or asks for more
+      than the product of two factors.
   """
   path = os.path.join(folder, CONFIG)
-  with open(path) as file:
-    try:
-      values = json.load(file)
-    except ValueError as error:
-      raise ValueError(f"{path} is not JSON: {error}") from error
+  values = schema.read(path, KINDS, required=("r", "lora_alpha"))
+  for name in ("rank_pattern", "alpha_pattern"):
+    for pattern in values.get(name) or {}:
+      try:
+        re.compile(pattern)
+      except re.error as error:
+        raise ValueError(
+          f"{path}: {name}: {pattern!r} is not a regular expression: {error}"
+        ) from error
   for name, value in values.items():
     if value != PLAIN.get(name, value):
       raise ValueError(
@@ -100,14 +117,19 @@ def load(folder: str, config: ModelConfig, shardings: Params) -> Params:
     folder: holds adapter_config.json and the tensors.
     config: the model, with what `read_lora` returns.
     shardings: a NamedSharding for each adapter, in their tree.
+
+  Raises:
+    ValueError: they hold NaN or infinity.
   """
   stored = _open(folder)
-  found = _factors(folder, config, stored)
+  found, places = _factors(folder, config, stored), {}
 
   def read(path, leaf, sharding):
-    _, *parts, which = huggingface_names.leaf_name(path).split("/")
+    name = huggingface_names.leaf_name(path)
+    _, *parts, which = name.split("/")
     factors = found["/".join([*parts, "kernel"])]
     place = factors.first if which == "first" else factors.last
+    places[name] = place
     layers = [place.view(stored, i) for i in range(config.num_layers)]
     array = np.stack(layers).astype(leaf.dtype)
     at = -1 if which == "first" else 1
@@ -121,7 +143,10 @@ def load(folder: str, config: ModelConfig, shardings: Params) -> Params:
     )
 
   shapes = lora.shapes(config)
-  return jax.tree_util.tree_map_with_path(read, shapes, shardings)
+  adapters = jax.tree_util.tree_map_with_path(read, shapes, shardings)
+  for name in finite.broken(adapters):
+    huggingface_tensors.raise_broken(stored, places[name], config)
+  return adapters
 
 
 def save(
@@ -142,7 +167,11 @@ def save(
     adapters: `{"lora": tree}`, laid out in any way.
     base: where the weights are that they are added to.
     dtype: of the tensors written.
+
+  Raises:
+    ValueError: an adapter holds NaN or infinity; nothing is written then.
   """
+  finite.check(adapters, f"{folder} is not written")
   leaves = {
     huggingface_names.leaf_name(path[1:]): huggingface.to_host(leaf)
     for path, leaf in jax.tree_util.tree_leaves_with_path(adapters)
@@ -198,29 +227,30 @@ def _factors(
   places = huggingface_names.places(config)
   found = {}
   for leaf, place in places.items():
-    first, last = (_key(place.tensor, x, 0) for x in ("lora_A", "lora_B"))
-    if not leaf.endswith("/kernel") or first not in stored:
+    if not leaf.endswith("/kernel"):
       continue
-    keys = {
-      _key(place.tensor, name, layer)
-      for name in ("lora_A", "lora_B")
-      for layer in range(config.num_layers)
+    if _key(place.tensor, "lora_A", 0) not in stored:
+      continue
+    rank, scale = _rank_and_scale(folder, values, place.tensor, config)
+    into = place.matrix_shape[0]
+    sides = {
+      "lora_A": (rank, into),
+      "lora_B": (sum(place.parts), rank),
     }
-    if keys - stored.keys():
-      raise ValueError(
-        f"{folder}: no tensor {min(keys - stored.keys())}: all layers or none"
-        " must have an adapter"
-      )
-    left -= keys
-    rank = stored[first].shape[0]
-    into, out = place.matrix_shape[0], sum(place.parts)
-    wanted = {first: (rank, into), last: (out, rank)}
-    for name, shape in wanted.items():
+    for layer, (which, shape) in itertools.product(
+      range(config.num_layers), sides.items()
+    ):
+      name = _key(place.tensor, which, layer)
+      if name not in stored:
+        raise ValueError(
+          f"{folder}: no tensor {name}: all layers or none must have an adapter"
+        )
       if stored[name].shape != shape:
         raise ValueError(
           f"{folder}: {name} is {list(stored[name].shape)}, not {list(shape)}:"
-          " the adapter is of another model"
+          f" the adapter is of another model, or not of rank {rank}"
         )
+      left.discard(name)
     count = len(place.shape) - 1 if leaf.endswith("out/kernel") else 1
     inputs, outputs = place.shape[:count], place.shape[count:]
     tensor = lambda name, by_head, place=place: huggingface_names.Tensor(
@@ -237,7 +267,7 @@ def _factors(
         (rank, *outputs),
         (rank, place.matrix_shape[-1]),
       ),
-      scale=_scale(values, _module(place.tensor), rank),
+      scale=scale,
       rank=rank,
     )
   if left or not found:
@@ -248,17 +278,37 @@ def _factors(
   return found
 
 
-def _scale(values: dict[str, Any], module: str, rank: int) -> float:
-  """Returns what PEFT multiplies the product of this module's factors by."""
-  alpha = next(
-    (
-      alpha
-      for key, alpha in (values.get("alpha_pattern") or {}).items()
-      if re.match(rf"(.*\.)?({key})$", module)
-    ),
-    values["lora_alpha"],
-  )
-  return alpha / (rank**0.5 if values.get("use_rslora") else rank)
+def _rank_and_scale(
+  folder: str,
+  values: dict[str, Any],
+  tensor: huggingface_names.Tensor,
+  config: ModelConfig,
+) -> tuple[int, float]:
+  """Returns the rank of a module's factors, and what multiplies their product.
+
+  PEFT has patterns of both that may tell layers apart, which we do not.
+  """
+  module = _module(tensor)
+  found = {}
+  for key, patterns in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+    of_layers = [
+      next(
+        (
+          value
+          for pattern, value in (values.get(patterns) or {}).items()
+          if re.match(rf"(.*\.)?({pattern})$", module.format(layer))
+        ),
+        values[key],
+      )
+      for layer in range(config.num_layers)
+    ]
+    if len(set(of_layers)) > 1:
+      path = os.path.join(folder, CONFIG)
+      raise ValueError(f"{path}: {patterns}: layers of {module} differ")
+    found[key] = of_layers[0]
+  rank = found["r"]
+  root = rank**0.5 if values.get("use_rslora") else rank
+  return rank, found["lora_alpha"] / root
 
 
 def _by_tensor(

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from dpo_jax import schema
 from dpo_jax.models import config as model_config
 from dpo_jax.models.config import ModelConfig, RopeScaling
 
@@ -89,6 +90,55 @@ REQUIRED = (
 # Null is a value of these, and the family's default elsewhere.
 NULLABLE = ("window", "attention_soft_cap", "logit_soft_cap")
 
+# What the fields may be, and what else is read. The bounds lie far above all
+# published models, and what is beyond them would be a slip or damage.
+_HEADS = schema.integer(1, 2**12)
+_WIDTH = schema.integer(1, 2**20)
+_POSITIONS = schema.integer(1, schema.MAX_INDEX)
+_LAYERS = schema.integer(1, 2**12)
+KINDS = {
+  **dict.fromkeys(("d_model", "d_mlp", "head_width", "rotary_width"), _WIDTH),
+  "query_scalar": _WIDTH,
+  **dict.fromkeys(("num_heads", "num_kv_heads"), _HEADS),
+  **dict.fromkeys(("num_experts", "experts_per_token"), _HEADS),
+  **dict.fromkeys(("max_positions", "window"), _POSITIONS),
+  **dict.fromkeys(("attention_soft_cap", "logit_soft_cap"), schema.POSITIVE),
+  "vocab_size": schema.integer(1, 2**24),
+  "num_layers": _LAYERS,
+  "norm_eps": schema.FRACTION,
+  "activation": schema.STRING,
+  "tied": schema.BOOLEAN,
+}
+_ROPE = {
+  "rope_type": schema.STRING,
+  "type": schema.STRING,
+  "rope_theta": schema.POSITIVE,
+  "partial_rotary_factor": schema.FRACTION,
+  "factor": schema.POSITIVE,
+  "low_freq_factor": schema.POSITIVE,
+  "high_freq_factor": schema.POSITIVE,
+  "original_max_position_embeddings": _POSITIONS,
+}
+_ROPES = _ROPE | {"full_attention": _ROPE, "sliding_attention": _ROPE}
+OTHERS: schema.Schema = {
+  "model_type": schema.STRING,
+  "architectures": schema.list_of(schema.STRING),
+  "id2label": {},
+  "problem_type": schema.STRING,
+  "rope_parameters": _ROPES,
+  "rope_scaling": _ROPES,
+  "rope_theta": schema.POSITIVE,
+  "rotary_emb_base": schema.POSITIVE,
+  "rope_local_base_freq": schema.POSITIVE,
+  "rotary_pct": schema.FRACTION,
+  "partial_rotary_factor": schema.FRACTION,
+  "layer_types": schema.list_of(schema.STRING),
+  "max_window_layers": schema.integer(0, schema.MAX_INDEX),
+  "sliding_window_pattern": _LAYERS,
+  "use_sliding_window": schema.BOOLEAN,
+  "use_parallel_residual": schema.BOOLEAN,
+}
+
 # Families whose layers may differ, and those whose heads may turn in part.
 LAYER_TYPES = {"sliding_attention": True, "full_attention": False}
 LAYERED = ("qwen2", "qwen3", "gemma2", "gemma3_text")
@@ -135,6 +185,7 @@ def parse(values: dict[str, Any]) -> ModelConfig:
   Raises:
     ValueError: an architecture or a setting that the decoder does not have.
   """
+  schema.check(values, OTHERS)
   family = values.get("model_type")
   if family not in KEYS:
     raise ValueError(
@@ -145,23 +196,23 @@ def parse(values: dict[str, Any]) -> ModelConfig:
       raise ValueError(
         f"{name}={values[name]!r} is not supported, only {supported!r}"
       )
+  schema.check(values, {key: KINDS[x] for x, key in KEYS[family].items()})
   fields = {
     field: values[key]
     for field, key in KEYS[family].items()
     if key in values and (values[key] is not None or field in NULLABLE)
   }
-  for field in REQUIRED:
-    key = KEYS[family][field]
-    if field not in fields and key != "n_inner":
-      raise ValueError(f"{key!r} is missing")
-  try:
-    if "activation" in fields:
-      fields["activation"] = _activation(family, fields["activation"])
-    if model_config.FAMILIES[family]["positions"] == "rotary":
-      fields |= _rope_fields(family, values, fields)
-    fields |= _window_fields(family, values, fields)
-  except KeyError as error:
-    raise ValueError(f"{error} is missing") from error
+  for field in fields:
+    if KINDS[field] is schema.POSITIVE:
+      # XLA takes no whole number beyond 32 bits.
+      fields[field] = fields[field] and float(fields[field])
+  required = {KEYS[family][field] for field in REQUIRED} - {"n_inner"}
+  schema.check(values, {}, sorted(required))
+  if "activation" in fields:
+    fields["activation"] = _activation(family, fields["activation"])
+  if model_config.FAMILIES[family]["positions"] == "rotary":
+    fields |= _rope_fields(family, values, fields)
+  fields |= _window_fields(family, values, fields)
   fields["head"] = _head(values)
   if family == "gpt_neox" and not values.get("use_parallel_residual", True):
     fields["residual"] = "sequential"
@@ -220,22 +271,23 @@ def _rope_fields(
   """Returns what turns how far, as transformers 4 or 5 write it."""
   rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
   local = rope.get("sliding_attention") or {}
-  rope = rope.get("full_attention", rope)
-  if local.get("rope_type", "default") != "default":
+  rope = rope.get("full_attention") or rope
+  if (local.get("rope_type") or "default") != "default":
     raise ValueError(
       f"rope_type {local['rope_type']!r} of sliding layers is not supported,"
       " only 'default'"
     )
   found = {"rope_scaling": _rope_scaling(rope)}
   key = "rotary_emb_base" if family == "gpt_neox" else "rope_theta"
-  if (theta := rope.get("rope_theta", values.get(key))) is not None:
-    found["rope_theta"] = theta
+  if theta := rope.get("rope_theta") or values.get(key):
+    found["rope_theta"] = float(theta)
   local_key = "rope_local_base_freq"
-  if theta := local.get("rope_theta", values.get(local_key)):
-    found["local_rope_theta"] = theta
-  default = 0.25 if family == "gpt_neox" else 1.0
+  if theta := local.get("rope_theta") or values.get(local_key):
+    found["local_rope_theta"] = float(theta)
   key = PARTIAL.get(family, "partial_rotary_factor")
-  part = rope.get("partial_rotary_factor", values.get(key, default))
+  part = rope.get("partial_rotary_factor") or values.get(key)
+  if part is None:
+    part = 0.25 if family == "gpt_neox" else 1.0
   if family not in PARTIAL and part != 1.0:
     raise ValueError("partial_rotary_factor is not supported, only 1.0")
   if part != 1.0:
@@ -246,21 +298,29 @@ def _rope_fields(
 
 def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
   """Returns the scaling of global layers."""
-  kind = rope.get("rope_type", rope.get("type", "default"))
+  kind = rope.get("rope_type") or rope.get("type") or "default"
   if kind == "default":
     return None
   if kind == "linear":
-    return RopeScaling(rope["factor"])
+    schema.check(rope, {}, required=("factor",))
+    return RopeScaling(float(rope["factor"]))
   if kind != "llama3":
     raise ValueError(
       f"unknown rope_type {kind!r} of rotary scaling; known: default, llama3,"
       " linear"
     )
+  low, high = "low_freq_factor", "high_freq_factor"
+  original = "original_max_position_embeddings"
+  schema.check(rope, {}, required=("factor", low, high, original))
+  if rope[low] >= rope[high]:
+    raise ValueError(
+      f"{low}={rope[low]!r}: must be below {high}={rope[high]!r}"
+    )
   return RopeScaling(
-    factor=rope["factor"],
-    low_freq_factor=rope["low_freq_factor"],
-    high_freq_factor=rope["high_freq_factor"],
-    original_max_positions=rope["original_max_position_embeddings"],
+    factor=float(rope["factor"]),
+    low_freq_factor=float(rope[low]),
+    high_freq_factor=float(rope[high]),
+    original_max_positions=rope[original],
   )
 
 
@@ -282,8 +342,7 @@ def _window_fields(
         f"unknown layer type {min(unknown)!r}; known: {', '.join(LAYER_TYPES)}"
       )
     sliding = tuple(LAYER_TYPES[kind] for kind in kinds)
-  elif "max_window_layers" in values:
-    first = values["max_window_layers"]
+  elif (first := values.get("max_window_layers")) is not None:
     sliding = tuple(layer >= first for layer in range(num_layers))
   else:
     period = values.get("sliding_window_pattern")

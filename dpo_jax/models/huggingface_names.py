@@ -209,6 +209,8 @@ PREFIXES = {
   "gpt_neox": "gpt_neox.",
 }
 HEAD_PREFIXES = ("lm_head.", "embed_out.", "score.")
+# What a file may hold once more where the embedding is the unembedding.
+HEADS = ("lm_head.weight", "embed_out.weight")
 
 # Constants that old versions of transformers stored with the parameters.
 BUFFERS = {
@@ -226,11 +228,16 @@ def prefix(family: str) -> str:
   return PREFIXES.get(family, "model.")
 
 
-def unused(config: ModelConfig) -> str:
+def unused(family: str) -> str:
   """Returns a pattern of the names, less prefix, that hold no parameter."""
-  buffers = BUFFERS.get(config.family, ROTARY_BUFFER)
-  heads = r"lm_head\.weight|embed_out\.weight"
-  return f"{buffers}|{heads}" if config.tied else buffers
+  return BUFFERS.get(family, ROTARY_BUFFER)
+
+
+def embedding(family: str) -> str:
+  """Returns the name of the embedding."""
+  return next(
+    tensor.name for tensor in TENSORS[family] if tensor.leaves == ("embedding",)
+  )
 
 
 def leaf_name(path: tuple[Any, ...]) -> str:

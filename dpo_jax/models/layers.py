@@ -121,7 +121,7 @@ def make_norm(config: ModelConfig, name: str) -> nn.Module:
   settings = {
     "epsilon": config.norm_eps,
     "dtype": jnp.dtype(config.dtype),
-    "param_dtype": jnp.dtype(config.param_dtype),
+    "param_dtype": jnp.dtype(config.wide_dtype or config.param_dtype),
     "name": name,
   }
   if config.norm == "rms":
@@ -141,7 +141,7 @@ def make_head_norm(config: ModelConfig, name: str) -> nn.Module:
   return nn.RMSNorm(
     epsilon=config.norm_eps,
     dtype=jnp.dtype(config.dtype),
-    param_dtype=jnp.dtype(config.param_dtype),
+    param_dtype=jnp.dtype(config.wide_dtype or config.param_dtype),
     reduction_axes=axes,
     feature_axes=axes,
     name=f"{name}_heads_norm",

@@ -6,15 +6,24 @@ import json
 import math
 import os
 from collections.abc import Callable
+from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+from dpo_jax import schema
 
 # dtypes by their name in a safetensors header.
 DTYPES = {
   "F32": np.dtype(np.float32),
   "F16": np.dtype(np.float16),
   "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+MAX_HEADER_BYTES = 100_000_000  # the format's own bound
+_ENTRY = {
+  "dtype": schema.choice(*DTYPES),
+  "shape": schema.list_of(schema.COUNT),
+  "data_offsets": schema.list_of(schema.COUNT, 2),
 }
 
 
@@ -42,30 +51,72 @@ class Stored:
 
 
 def open_file(path: str) -> dict[str, Stored]:
-  """Returns the tensors of a file by name; reads its header alone."""
-  if not os.path.isfile(path):
-    raise ValueError(f"no such file {path}")
-  stored = {}
+  """Returns the tensors of a file by name; reads its header alone.
+
+  Raises:
+    ValueError: no such file, or one whose header says what cannot be.
+  """
+  schema.check_file(path)
+  # The file: the header's length in 8 bytes, the header, then the data.
+  size = os.path.getsize(path)
+  with open(path, "rb") as file:
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 + length or length > MAX_HEADER_BYTES:
+      raise ValueError(
+        f"{path} is not a whole safetensors file: it has {size} bytes, and its"
+        f" header would have {length}"
+      )
+    text = file.read(length)
   try:
-    # The file: the header's length in 8 bytes, the header, then the data.
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-      start = 8 + int.from_bytes(file.read(8), "little")
-      header = json.loads(file.read(min(start, size) - 8))
+    header = schema.parse(text)
+    schema.check(header, {"__metadata__": schema.object_of(schema.STRING)})
     header.pop("__metadata__", None)
-    for name, entry in header.items():
-      begin, end = (start + offset for offset in entry["data_offsets"])
-      shape, dtype = tuple(entry["shape"]), DTYPES[entry["dtype"]]
-      if end > size or end - begin != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"{name} has not as many bytes as it should")
-      stored[name] = Stored(path, begin, shape, dtype)
-  except KeyError as error:
+    return _stored(path, header, 8 + length, size)
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from error
+
+
+def _stored(
+  path: str, header: dict[str, Any], start: int, size: int
+) -> dict[str, Stored]:
+  """Returns the tensors of a header, which leave no byte out and share none.
+
+  Args:
+    path: of the file.
+    header: without the metadata.
+    start: where the data begins, in bytes.
+    size: of the file, in bytes.
+
+  Raises:
+    ValueError: the first tensor that is not as it must be, and its key.
+  """
+  offsets = {}
+  for name, entry in header.items():
+    if not isinstance(entry, dict):
+      raise ValueError(f"{name}={entry!r}: must be an object")
+    schema.check(entry, _ENTRY, required=_ENTRY, prefix=f"{name}.")
+    offsets[name] = entry["data_offsets"]
+  stored, end = {}, 0
+  for name in sorted(offsets, key=offsets.__getitem__):
+    begin = end
+    if offsets[name][0] != begin:
+      raise ValueError(
+        f"{name}.data_offsets={offsets[name]}: must begin at {begin}, where"
+        " the tensor before it ends"
+      )
+    shape, dtype = tuple(header[name]["shape"]), DTYPES[header[name]["dtype"]]
+    end = begin + math.prod(shape) * dtype.itemsize
+    if offsets[name][1] != end:
+      raise ValueError(
+        f"{name}.data_offsets={offsets[name]}: must end at {end}, as it is"
+        f" {dtype.name}{list(shape)}"
+      )
+    stored[name] = Stored(path, start + begin, shape, dtype)
+  if start + end != size:
     raise ValueError(
-      f"{path}: {error} is not a dtype that can be read; known:"
-      f" {', '.join(DTYPES)}"
-    ) from error
-  except (ValueError, IndexError) as error:
-    raise ValueError(f"{path} is not a whole safetensors file") from error
+      "this is not a whole safetensors file: its tensors end at byte"
+      f" {start + end}, the file at {size}"
+    )
   return stored
 
 

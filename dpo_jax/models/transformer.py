@@ -151,23 +151,24 @@ class Decoder(nn.Module):
       is_token = tokens < config.vocab_size
       tokens = jnp.where(is_token, tokens, config.num_vocab_rows)
     x = _look_up(self._table("embedding", table_shape), tokens)
+    x = x.astype(config.dtype)
     angles = None
     if config.positions == "learned":
       table = self._table(
         "position_embedding", (config.max_positions, config.d_model)
       )
-      x = x + _look_up(table, positions)
+      x = x + _look_up(table, positions).astype(config.dtype)
     else:
       angles = layers.rotary_angles(config, positions)
     has_vocabulary = config.head == "vocabulary"
     if not has_vocabulary:
-      self._table("score", (1, config.d_model))
+      self._table("score", (1, config.d_model), config.wide_dtype)
     elif not config.tied:
       self._table("head", table_shape)
     if has_vocabulary and "head" in config.biases:
-      shape, dtype = (config.num_vocab_rows,), jnp.dtype(config.param_dtype)
+      dtype = jnp.dtype(config.wide_dtype or config.param_dtype)
+      shape = (config.num_vocab_rows,)
       self.param("head_bias", nn.initializers.zeros, shape, dtype)
-    x = x.astype(config.dtype)
     if config.scaled_embedding:
       x = x * jnp.asarray(config.d_model**0.5, x.dtype)
     x = sharding.constrain(x, "rows", None, None)
@@ -203,10 +204,13 @@ class Decoder(nn.Module):
     )
     return blocks(config, name="blocks")(x, slides, *inputs)[0]
 
-  def _table(self, name: str, shape: tuple[int, int]) -> jax.Array:
+  def _table(
+    self, name: str, shape: tuple[int, int], dtype: str | None = None
+  ) -> jax.Array:
     """Returns the parameter `name`, a table of vectors."""
     init = nn.initializers.normal(layers.INIT_STDDEV)
-    return self.param(name, init, shape, jnp.dtype(self.config.param_dtype))
+    dtype = jnp.dtype(dtype or self.config.param_dtype)
+    return self.param(name, init, shape, dtype)
 
 
 def _local_views(
@@ -264,7 +268,15 @@ def fit_vocabulary(config: ModelConfig, params: Params) -> Params:
 
 def param_shapes(config: ModelConfig) -> Params:
   """Returns the tree of parameters as shapes and dtypes, without values."""
-  return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+  leaves, structure = _param_shapes(config)
+  return structure.unflatten(leaves)
+
+
+@functools.lru_cache(maxsize=64)  # It takes longer than reading small files.
+def _param_shapes(config: ModelConfig) -> tuple[list[Any], Any]:
+  return jax.tree.flatten(
+    jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+  )
 
 
 def logical_axes(config: ModelConfig) -> dict[str, Any]:
@@ -346,12 +358,8 @@ def unstack(config: ModelConfig, params: Params) -> Params:
   Those that are computed with in `config.dtype` are kept in it. A loop over
   tokens that scanned stacked blocks would copy every weight at every token.
   """
-
-  def cast(path, leaf):
-    in_norm = any(entry.key.endswith("_norm") for entry in path)
-    return leaf if in_norm else leaf.astype(config.dtype)
-
-  params = jax.tree_util.tree_map_with_path(cast, params)
+  kept = param_shapes(config.frozen(config.dtype))
+  params = jax.tree.map(lambda x, like: x.astype(like.dtype), params, kept)
   blocks = params.pop("blocks")
   return params | {
     BLOCK.format(layer): jax.tree.map(lambda x, layer=layer: x[layer], blocks)

@@ -2,21 +2,25 @@
 
 A round samples K responses a prompt from the policy of the round before,
 scores them with a reward, pairs them, and trains a preference loss on these
-pairs. With `pairs="best_worst"`, a `min_margin` and `reference="round"` it is
-the practical form of Direct Nash Optimization (DNO-Prct, Rosset et al. 2024,
-arXiv 2404.03715, algorithm 2), whose policy of round t+1 maximises
+pairs. With `pairs="best_worst"`, a `min_margin` and `reference="round"` it has
+the loss of Direct Nash Optimization in its practical form (DNO-Prct, Rosset et
+al. 2024, arXiv 2404.03715, algorithm 2), whose policy of round t+1 maximises
 
   E log sigmoid(beta log(pi(c) / pi_t(c)) - beta log(pi(r) / pi_t(r)))
 
-Differs: a reward says which response is better, no judge of pairs; there are
-no responses of a stronger model, and every round has pairs of its own only.
+Differs: a reward says which response is better, no judge of pairs, so that its
+rounds climb that reward and approach no Nash equilibrium of preferences; there
+are no responses of a stronger model, and every round has pairs of its own only.
 
-  samples_K.jsonl  of the policy before round K: prompt, response, reward, logp
-                   and reference_logp (of the first policy, nats)
+  samples_K.jsonl  of the policy before round K: prompt, response, whether it
+                   ended, reward, and in nats logp, drawn_logp (under what it
+                   was drawn from: the policy at the temperature and top_p of
+                   sampling) and reference_logp (of the first policy as it is)
   pairs_K.jsonl    what round K is trained on
   round_K/         the run
-  rounds.jsonl     a line for each policy: reward and KL of its samples, and
-                   how many pairs they make
+  rounds.jsonl     a line for each policy: reward of its samples, KL to the
+                   first policy of what they were drawn from, and how many
+                   pairs they make
   config.json      of the rounds, and the settings under `iterative`
 
 A stage whose file is there, or whose run is finished, is skipped.
@@ -37,10 +41,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from dpo_jax import experiment, files, processes, trainer
+from dpo_jax import experiment, files, markdown, processes, trainer
 from dpo_jax import policy as policy_lib
 from dpo_jax.checkpoints import run_folder
-from dpo_jax.data import tokenize
+from dpo_jax.data import chat, tokenize
 from dpo_jax.evaluation import frontier
 from dpo_jax.losses import objectives
 from dpo_jax.rewards import registry
@@ -146,7 +150,7 @@ def _run(config, workdir, settings, rounds, plain, prompts) -> bool:
     lines.append(line | _summary(rows))
     _write(folder / "rounds.jsonl", lines)
     if number > rounds:
-      processes.say(table(lines))
+      processes.say(table(lines, settings.sampling))
       return True
     if not pairs:
       raise ValueError(
@@ -165,7 +169,7 @@ def _run(config, workdir, settings, rounds, plain, prompts) -> bool:
 
 
 def make_pairs(
-  responses: Sequence[str],
+  responses: Sequence[Any],
   rewards: Sequence[float],
   *,
   pairs: str,
@@ -174,7 +178,8 @@ def make_pairs(
   """Returns which samples of a prompt are chosen and rejected, the best first.
 
   Args:
-    responses: texts; equal ones make no pair, whatever rounding says.
+    responses: texts, or what they are known by; equal ones make no pair,
+      whatever rounding says.
     rewards: one for each.
     pairs: one of `PAIRS`.
     min_margin: rewards are further apart than this.
@@ -190,19 +195,28 @@ def make_pairs(
   ]
 
 
-def table(lines: Sequence[dict[str, Any]]) -> str:
-  """Returns the lines of rounds.jsonl as a Markdown table."""
-  found = [
-    "| rounds | reward | KL to the first, nats | tokens | samples | pairs |",
-    "|---:|---:|---:|---:|---:|---:|",
+def table(lines: Sequence[dict[str, Any]], sampling: decode.Settings) -> str:
+  """Returns the lines of rounds.jsonl as a Markdown table.
+
+  Its KL is of what was sampled to the first policy as it is; the head says so
+  where sampling changes the policy.
+  """
+  kl = "KL"
+  if (sampling.temperature, sampling.top_p) != (1, 1):
+    kl += f" at temperature {sampling.temperature:g}, top_p {sampling.top_p:g}"
+  head = ["rounds", "reward", f"{kl} to the first, nats", "tokens", "samples"]
+  rows = [
+    [
+      x["rounds"],
+      f"{x['reward']:.4f} +- {x['reward_error']:.4f}",
+      f"{x['kl']:.3f} +- {x['kl_error']:.3f}",
+      f"{x['response_length']:.1f}",
+      x["num_samples"],
+      x["num_pairs"],
+    ]
+    for x in lines
   ]
-  for x in lines:
-    found.append(
-      f"| {x['rounds']} | {x['reward']:.4f} +- {x['reward_error']:.4f}"
-      f" | {x['kl']:.3f} +- {x['kl_error']:.3f} | {x['response_length']:.1f}"
-      f" | {x['num_samples']} | {x['num_pairs']} |"
-    )
-  return "\n".join(found)
+  return markdown.table([*head, "pairs"], rows, num_left=0)
 
 
 def _check(
@@ -241,10 +255,6 @@ def _round_config(config, settings, policy, pairs) -> ConfigDict:
   config.model.preset, config.model.path = "", policy
   config.data.source, config.data.path = "jsonl", pairs
   config.data.eval_path = ""
-  # Samples that were cut have no EOS.
-  config.data.max_response_length = (
-    config.data.max_response_length or settings.sampling.max_new_tokens
-  )
   if settings.reference == "first":
     config.reference.path = settings.policy
   return config
@@ -276,7 +286,12 @@ def _sample(path, prompts, settings, plain, number) -> list[dict[str, Any]]:
   repeat = lambda values: [x for x in values for _ in range(settings.samples)]
   prompts, tokens, places = map(repeat, (prompts, tokens, places))
   responses = [sample.tokens for sample in samples]
-  _, texts = tokenize.decode(model.tokenizer, tokens, responses)
+  content = [sample.content for sample in samples]
+  _, texts = tokenize.decode(model.tokenizer, tokens, content)
+  texts = [
+    chat.content(model.tokenizer, prompt, text)
+    for prompt, text in zip(prompts, texts, strict=True)
+  ]
   if path != settings.policy:
     del model  # its room is for the first policy
     model = policy_lib.Policy(settings.policy, dtype=dtype)
@@ -287,6 +302,7 @@ def _sample(path, prompts, settings, plain, number) -> list[dict[str, Any]]:
       text if isinstance(prompt, str) else [_message(text)]
       for prompt, text in zip(prompts, texts, strict=True)
     ],
+    ended=[sample.ended for sample in samples],
   )
   return [
     {
@@ -295,7 +311,9 @@ def _sample(path, prompts, settings, plain, number) -> list[dict[str, Any]]:
       "response": text,
       "reward": float(reward),
       "num_tokens": len(sample.tokens),
+      "ended": sample.ended,
       "logp": float(sample.logps.sum(dtype=np.float64)),
+      "drawn_logp": float(sample.drawn_logps.sum(dtype=np.float64)),
       "reference_logp": float(logp),
     }
     for place, prompt, text, reward, sample, logp in zip(
@@ -314,7 +332,7 @@ def _pair_rows(rows, settings) -> list[dict[str, Any]]:
   for _, same in itertools.groupby(rows, key=lambda row: row["index"]):
     same = list(same)
     for high, low in make_pairs(
-      [row["response"] for row in same],
+      [(row["response"], row["ended"]) for row in same],
       [row["reward"] for row in same],
       pairs=settings.pairs,
       min_margin=settings.min_margin,
@@ -326,6 +344,8 @@ def _pair_rows(rows, settings) -> list[dict[str, Any]]:
           "rejected": same[low]["response"],
           "chosen_score": same[high]["reward"],
           "rejected_score": same[low]["reward"],
+          "chosen_ended": same[high]["ended"],
+          "rejected_ended": same[low]["ended"],
         }
       )
   return found
@@ -339,7 +359,7 @@ def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
   )
   point = frontier.make_point(
     "",
-    policy_logps=column("logp"),
+    policy_logps=column("drawn_logp"),
     reference_logps=column("reference_logp"),
     rewards=column("reward"),
   )

@@ -70,7 +70,8 @@ class Prompts:
       for text in policy.responses(prompt, of_prompt)
     ]
     repeated = [x for x, row in zip(self.texts, samples) for _ in row]
-    found = (reward_fn or self._reward_fn)(repeated, texts)
+    ended = [sample.ended for row in samples for sample in row]
+    found = (reward_fn or self._reward_fn)(repeated, texts, ended=ended)
     return np.asarray(found, np.float64).reshape(len(self.texts), -1)
 
   def point(
@@ -97,20 +98,26 @@ def write_pairs(
   prompts: Iterable[str],
   responses: Iterable[Sequence[str]],
   rewards: Iterable[Sequence[float]],
+  ended: Iterable[Sequence[bool]],
 ) -> int:
   """Writes all pairs of each prompt's responses; returns how many were ties.
 
   Six of four, as in Rafailov et al. 2023, sec 6.1. The higher reward is
-  chosen; of equals there is no pair.
+  chosen; of equals there is no pair. `ended` says which responses ended.
   """
   rows, num_ties = [], 0
-  for prompt, texts, scores in zip(prompts, responses, rewards, strict=True):
-    scored = zip(texts, map(float, scores), strict=True)
+  groups = zip(prompts, responses, rewards, ended, strict=True)
+  for prompt, texts, scores, ends in groups:
+    scored = zip(texts, map(float, scores), ends, strict=True)
     for pair in itertools.combinations(scored, 2):
-      (rejected, low), (chosen, high) = sorted(pair, key=lambda x: x[1])
-      num_ties += low == high
-      if low < high:
-        row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-        rows.append(row | {"chosen_score": high, "rejected_score": low})
+      low, high = sorted(pair, key=lambda x: x[1])
+      num_ties += low[1] == high[1]
+      if low[1] < high[1]:
+        names = ("{}", "{}_score", "{}_ended")
+        row = {"prompt": prompt}
+        for side, values in (("chosen", high), ("rejected", low)):
+          keys = (name.format(side) for name in names)
+          row |= dict(zip(keys, values, strict=True))
+        rows.append(row)
   files.write_lines(path, rows)
   return num_ties

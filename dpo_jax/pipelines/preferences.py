@@ -185,9 +185,12 @@ class _Experiment:
         {
           "prompt": x["prompt"],
           "chosen": x["response"],
-          "rejected": self._text(y),
+          "rejected": y["response"],
+          "rejected_ended": y["ended"],
         }
-        for x, y in zip(rows, _read_rows(output), strict=True)
+        for x, y in zip(
+          rows, map(self._trimmed, _read_rows(output)), strict=True
+        )
       )
       files.write_lines(path.with_name(f"{part}.jsonl"), pairs)
 
@@ -250,7 +253,7 @@ class _Experiment:
       for name in self.policies:
         samples = self.folder / f"samples/{name}_{temperature:g}.jsonl"
         found = [
-          x | {"prompt": test[x["index"]]["prompt"], "response": self._text(x)}
+          self._trimmed(x) | {"prompt": test[x["index"]]["prompt"]}
           for x in _read_rows(samples)
         ]
         rows += [x | {"method": name} for x in found if x["sample"] == 0]
@@ -261,18 +264,24 @@ class _Experiment:
       files.write_lines(path.with_name(f"{method}.jsonl"), mine)
     files.write_lines(path, test)
 
-  def _text(self, sample: Mapping[str, Any]) -> str:
-    """Returns a sampled response as the data writes responses."""
-    text = sample["response"]
+  def _trimmed(self, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a sample whose response is as the data writes responses.
+
+    It ended where the task says that a response ends, too.
+    """
+    text, ended = sample["response"], sample["ended"]
     if self.task.stop:
-      text = text.partition(self.task.stop)[0]
-    return " " + text.strip()
+      text, stop, _ = text.partition(self.task.stop)
+      ended = ended or bool(stop)
+    return {**sample, "response": " " + text.strip(), "ended": ended}
 
   def _best(self, samples: Sequence[dict]) -> Iterator[dict]:
     """Yields the sample of each prompt that the reward model prefers."""
     count = self.scale.best_of
     prompts = [x["prompt"] for x in samples]
-    scores = self.reward_fn(prompts, [x["response"] for x in samples])
+    responses = [x["response"] for x in samples]
+    ended = [x["ended"] for x in samples]
+    scores = self.reward_fn(prompts, responses, ended=ended)
     kept = best_of_n.choose(np.asarray(scores, np.float64).reshape(-1, count))
     for prompt, place in enumerate(kept):
       row = samples[prompt * count + place]
@@ -286,7 +295,9 @@ class _Experiment:
     )
     rows = [x for x in read if "dropped" not in x]
     score = lambda column: self.reward_fn(
-      [x["prompt"] for x in rows], [x[column] for x in rows]
+      [x["prompt"] for x in rows],
+      [x[column] for x in rows],
+      ended=[x.get(f"{column}_ended", True) for x in rows],
     )
     gaps = score("chosen") - score("rejected")
     points = (1 + np.sign(gaps)) / 2
@@ -295,9 +306,7 @@ class _Experiment:
     for kind in ("all", *sorted(set(kinds) - {"all"})):
       here = np.flatnonzero((kinds == kind) | (kind == "all"))
       prompts = [rows[n]["prompt"] for n in here]
-      found = intervals.share(
-        points[here].tolist(), prompts, by_group=False, seed=0
-      )
+      found = intervals.share(points[here].tolist(), prompts, by_group=False)
       record["subsets"][kind] = {"pairs": len(here)} | found
     files.write_json(path, record)
 
@@ -322,7 +331,7 @@ class _Experiment:
             step=step or None,
           )
         rows += [
-          x | {"response": self._text(x), "step": step, "method": CURVE}
+          self._trimmed(x) | {"step": step, "method": CURVE}
           for x in _read_rows(output)
         ]
     responses = path.parent / "responses.jsonl"

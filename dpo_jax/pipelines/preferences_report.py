@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
+from dpo_jax import markdown
 from dpo_jax.evaluation import win_rate_report
 from dpo_jax.pipelines import preference_data, stages
 from dpo_jax.pipelines.preference_tasks import Task
@@ -27,10 +28,11 @@ def make(
   counts, judge, wins = map(
     read, ("data.json", "judge.json", "wins/win_rate.json")
   )
+  baseline_length = _characters(folder, "baseline", None)
   lines = [
     f"# {task.title}",
     "",
-    f"From {start}. Win rates against {task.baseline}.",
+    f"From {markdown.escape(start)}. Win rates against {task.baseline}.",
     f"Pairs: {task.pairs}.",
     "",
     f"The paper: {task.paper}.",
@@ -45,14 +47,18 @@ def make(
     " less, win rates say what the judge likes, not what is good. The best"
     " temperature is the best on these same prompts.",
     "",
-    "| pairs | number | agreement, 95% interval |",
-    "|---|---:|---:|",
-    *(_agreement_row(*x) for x in judge["subsets"].items()),
+    markdown.table(
+      ["pairs", "number", "agreement, 95% interval"],
+      [_agreement_row(*x) for x in judge["subsets"].items()],
+    ),
     "",
-    "| method | best win rate, 95% interval | at temperature | characters |",
-    "|---|---:|---:|---:|",
-    *(_best_row(x, folder) for x in _best_cells(wins["cells"])),
-    f"| {task.baseline} | | | {_characters(folder, 'baseline', None):.0f} |",
+    markdown.table(
+      ["method", "best win rate, 95% interval", "at temperature", "characters"],
+      [
+        *(_best_row(x, folder) for x in _best_cells(wins["cells"])),
+        [task.baseline, "", "", f"{baseline_length:.0f}"],
+      ],
+    ),
     "",
     (folder / "wins/win_rate.md").read_text().strip(),
     "",
@@ -83,12 +89,12 @@ def _best_cells(cells: list[dict]) -> list[dict]:
   return list(best.values())
 
 
-def _best_row(cell: Mapping[str, Any], folder: pathlib.Path) -> str:
+def _best_row(cell: Mapping[str, Any], folder: pathlib.Path) -> list[str]:
   method, temperature = cell["method"], cell["temperature"]
   shown = win_rate_report.interval(cell["low"], cell["high"])
   rate = win_rate_report.number(cell["win_rate"])
   length = _characters(folder, method, temperature)
-  return f"| {method} | {rate}, {shown} | {temperature:g} | {length:.0f} |"
+  return [method, f"{rate}, {shown}", f"{temperature:g}", f"{length:.0f}"]
 
 
 def _characters(
@@ -101,10 +107,10 @@ def _characters(
   return statistics.fmean(len(preference_data.response(x)) for x in here)
 
 
-def _agreement_row(name: str, found: Mapping[str, Any]) -> str:
+def _agreement_row(name: str, found: Mapping[str, Any]) -> list[str]:
   shown = win_rate_report.interval(found["low"], found["high"])
   rate = win_rate_report.number(found["share"])
-  return f"| {name} | {found['pairs']:,} | {rate}, {shown} |"
+  return [name, f"{found['pairs']:,}", f"{rate}, {shown}"]
 
 
 def _counts(counts: Mapping[str, int]) -> str:

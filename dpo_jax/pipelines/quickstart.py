@@ -44,8 +44,6 @@ def run(workdir: str, make_config: Callable[[str], ConfigDict]) -> bool:
     config.model.preset, config.model.path = "", str(sft)
     config.data.source, config.data.path = "jsonl", str(pairs)
     config.data.eval_path = ""
-    # Samples that were cut have no EOS.
-    config.data.max_response_length = MAX_NEW_TOKENS
     label = f"DPO, beta {beta:g}"
     runs[label] = folder / f"dpo_beta_{beta:g}"
     methods.append(stages.training(label, config, runs[label]))
@@ -90,7 +88,8 @@ def _write_pairs(policy: Policy, path: pathlib.Path) -> None:
   samples = prompts.sample(policy, SAMPLES_PER_PREFIX, seed=1)
   responses = map(policy.responses, prompts.tokens, samples)
   rewards = prompts.scores(policy, samples)
-  num_ties = measure.write_pairs(path, prompts.texts, responses, rewards)
+  ended = [[sample.ended for sample in row] for row in samples]
+  num_ties = measure.write_pairs(path, prompts.texts, responses, rewards, ended)
   print(f"{num_ties} pairs of equal reward are left out", flush=True)
 
 

@@ -178,8 +178,6 @@ class _Experiment:
   def _set_pairs(self, config):
     config.model.path, config.model.preset = str(self._runs["sft"]), ""
     config.data.source, config.data.path = "jsonl", str(self._pairs)
-    # Samples that were cut have no EOS.
-    config.data.max_response_length = self._plan.max_new_tokens
 
   def _write_tokenizer(self, path):
     text, vocab_size = self._files["unsup"], self._plan.vocab_size
@@ -201,7 +199,8 @@ class _Experiment:
     rows = [json.loads(line) for line in self._samples.open()]
     prompts = [row["prompt"] for row in rows]
     responses = [row["response"] for row in rows]
-    rewards = self._true_reward()(prompts, responses)
+    ended = [row["ended"] for row in rows]
+    rewards = self._true_reward()(prompts, responses, ended=ended)
     n = self._plan.samples_per_prefix
     groups = [slice(i, i + n) for i in range(0, len(rows), n)]
     num_held_out = max(round(HELD_OUT_SHARE * len(groups)), 1)
@@ -214,6 +213,7 @@ class _Experiment:
         [prompts[group.start] for group in part],
         [responses[group] for group in part],
         [rewards[group] for group in part],
+        [ended[group] for group in part],
       )
       print(f"{output.name}: {len(part)} prefixes, {num_ties} ties dropped")
 

@@ -1,16 +1,14 @@
 """Rewards of a trained reward model or classifier: texts to scores."""
 
 import dataclasses
-import json
 import math
-import pathlib
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 
 from dpo_jax import sharding
-from dpo_jax.checkpoints import source
+from dpo_jax.checkpoints import run_folder, source
 from dpo_jax.data import dataset, loader, packing, tokenize
 from dpo_jax.losses import objectives
 from dpo_jax.models import config as model_config
@@ -40,7 +38,7 @@ def load(
   with_eos: bool = True,
   dtype: str = "auto",
 ) -> "Learned":
-  """Returns `reward_fn(prompts, responses) -> f32[n]` of a trained model.
+  """Returns `reward_fn(prompts, responses, ended) -> f32[n]` of a model.
 
   Args:
     path: a run folder of `reward_model` or `classifier`; or a folder or hub
@@ -53,8 +51,9 @@ def load(
     max_length: tokens of prompt and response, above 1; by default the run's
       own, else 512.
     max_prompt_length: tokens; by default the run's own, else 256.
-    with_eos: whether the score is read at an EOS after the response, as in our
-      runs; or at its own last token, for models that never saw an EOS.
+    with_eos: whether the score of a response that ended is read at an EOS after
+      it, as in our runs; or at its own last token, for models that never saw
+      an EOS. What was cut is read at its last token either way.
     dtype: of matmuls; auto is bfloat16, float32 on CPU.
 
   Raises:
@@ -76,7 +75,7 @@ def load(
       f"output='probability': {path!r} is a reward model, of whose scores only"
       " differences count; allowed: logit, or a classifier"
     )
-  lengths = _run_lengths(path) or (MAX_LENGTH, MAX_PROMPT_LENGTH, 0)
+  lengths = _run_lengths(path) or (MAX_LENGTH, MAX_PROMPT_LENGTH)
   max_length = max_length or lengths[0]
   max_prompt_length = max_prompt_length or lengths[1]
   if max_length < 2 or max_prompt_length < 1:
@@ -98,21 +97,20 @@ def load(
     output=output,
     max_length=max_length,
     max_prompt_length=min(max_prompt_length, max_length - 1),
-    max_response_length=lengths[2] or max_length,
     with_eos=with_eos,
   )
 
 
-def _run_lengths(path: str) -> tuple[int, int, int] | None:
+def _run_lengths(path: str) -> tuple[int, int] | None:
   """Returns the lengths that a run cut its data to; None where it is none.
 
-  Tokens in all, of a prompt, and of a response (0: no bound).
+  Tokens in all, and of a prompt.
   """
   if not source.is_run(path):
     return None
-  data = json.loads((pathlib.Path(path) / "config.json").read_text())["data"]
-  parts = ("", "_prompt", "_response")
-  return tuple(data[f"max{part}_length"] for part in parts)
+  keys = ["data.max_length", "data.max_prompt_length"]
+  settings = run_folder.read_config(path, keys)
+  return tuple(settings[key] for key in keys)
 
 
 class Learned:
@@ -126,7 +124,6 @@ class Learned:
     output: str,
     max_length: int,
     max_prompt_length: int,
-    max_response_length: int,
     with_eos: bool,
   ):
     """Reads the weights; see `load`, which checks the arguments."""
@@ -134,9 +131,10 @@ class Learned:
     self._output = output
     self._max_length = max_length
     self._max_prompt_length = max_prompt_length
-    self._max_response_length = max_response_length
     self._with_eos = with_eos
-    self._tokenizer = tokenize.load_tokenizer(opened.tokenizer)
+    self._tokenizer = tokenize.load_tokenizer(
+      opened.tokenizer, opened.config.vocab_size
+    )
     self._mesh = sharding.make_mesh()
     layouts = transformer.layouts(self._mesh, config)
     self._params = opened.load(config, layouts)
@@ -149,25 +147,35 @@ class Learned:
     self._score = scoring.make_score_fn(scorer, self._mesh)
 
   def __call__(
-    self, prompts: Sequence[str], responses: Sequence[str]
+    self,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    ended: Sequence[bool] | None = None,
   ) -> np.ndarray:
     """Returns f32[n], the score of each response behind its prompt.
 
-    Tokens are those of training: prompts cut from the left, responses from the
-    right, tokenised apart. What else is asked for in the same call changes a
-    score by rounding at most.
+    Where `ended` says that a response was cut, no EOS follows it, unless it has
+    no token else. By default all ended. Tokens are those of training: prompts
+    cut from the left, responses from the right. What else is asked for in the
+    same call changes a score by rounding at most.
 
     Raises:
       ValueError: lists of different lengths, or a response without a token.
     """
+    ended = [True] * len(responses) if ended is None else list(ended)
     if len(prompts) != len(responses):
       raise ValueError(
         f"{len(prompts)} prompts and {len(responses)} responses: must be as"
         " many"
       )
+    if len(ended) != len(responses):
+      raise ValueError(
+        f"of {len(responses)} responses {len(ended)} say whether they ended:"
+        " must be all"
+      )
     if not len(prompts):
       return np.zeros(0, np.float32)
-    batches = self._batches(*self._tokens(prompts, responses))
+    batches = self._batches(*self._tokens(prompts, responses, ended))
     with jax.set_mesh(self._mesh):
       scores = scoring.collect(self._score, self._params, batches, self._mesh)
     scores = scores[:, 0]
@@ -175,17 +183,19 @@ class Learned:
       scores = np.asarray(jax.nn.sigmoid(scores))
     return scores
 
-  def _tokens(self, prompts, responses):
+  def _tokens(self, prompts, responses, ended):
     """Returns the token lists, cut to length."""
     prompts, responses = list(prompts), list(responses)
     encoded = tokenize.encode_prompts(self._tokenizer, prompts)
-    answers = tokenize.encode_responses(self._tokenizer, prompts, responses)
-    if not self._with_eos:
-      eos = self._tokenizer.eos_token_id
-      answers = [ids[:-1] if ids[-1] == eos else ids for ids in answers]
+    has_eos = [self._with_eos and x for x in ended]
+    answers = tokenize.encode_responses(
+      self._tokenizer, prompts, responses, has_eos
+    )
+    if self._with_eos:
+      answers = [ids or [self._tokenizer.eos_token_id] for ids in answers]
     kept = [ids[-self._max_prompt_length :] for ids in encoded]
     cut = [
-      ids[: min(self._max_length - len(prompt), self._max_response_length)]
+      ids[: self._max_length - len(prompt)]
       for prompt, ids in zip(kept, answers, strict=True)
     ]
     if not all(cut):

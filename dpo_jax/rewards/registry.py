@@ -1,13 +1,25 @@
 """Reward functions by name."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
 from dpo_jax.data import synthetic
 
-# (prompts, responses) -> f32[n], higher is better
-RewardFn = Callable[[Sequence[str], Sequence[str]], np.ndarray]
+
+class RewardFn(Protocol):
+  """Returns f32[n], how good each response is; higher is better.
+
+  `ended` says of each whether it ended or was cut; by default all ended.
+  """
+
+  def __call__(
+    self,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    ended: Sequence[bool] | None = None,
+  ) -> np.ndarray: ...
 
 
 def load(name: str) -> RewardFn:
@@ -36,7 +48,9 @@ def load(name: str) -> RewardFn:
 
 
 def _true_rewards(
-  prompts: Sequence[str], responses: Sequence[str]
+  prompts: Sequence[str],
+  responses: Sequence[str],
+  ended: Sequence[bool] | None = None,  # reviews count by their words alone
 ) -> np.ndarray:
   pairs = zip(prompts, responses, strict=True)
   rewards = [synthetic.true_reward(prompt + text) for prompt, text in pairs]

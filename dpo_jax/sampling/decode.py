@@ -17,6 +17,7 @@ import numpy as np
 from dpo_jax import sharding
 from dpo_jax.models import transformer
 from dpo_jax.models.config import ModelConfig
+from dpo_jax.sampling import draws
 from dpo_jax.types import Params
 
 # Prompts are padded to a power of two of tokens, at least this: few lengths
@@ -26,8 +27,7 @@ MIN_PROMPT_LENGTH = 16
 # A cache is doubled when it is full, up to so many lengths.
 MIN_ROOM, MAX_ROOMS = 64, 3
 
-# Tokens of the vocabulary whose probabilities are summed first.
-BLOCK = 256
+MAX_NEW_TOKENS = 2**20  # more than any model reads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,8 @@ class Settings:
   """How tokens are drawn.
 
   Attributes:
-    max_new_tokens: at which length a response is cut, at least 1.
+    max_new_tokens: at which length a response is cut, from 1 to
+      `MAX_NEW_TOKENS`.
     temperature: logits are divided by it; 0 takes the most likely token.
     top_k: only the k most likely tokens are drawn; 0: all.
     top_p: of these, only the fewest that hold this share of the probability
@@ -48,8 +49,11 @@ class Settings:
   top_p: float = 1.0
 
   def __post_init__(self):
-    if self.max_new_tokens < 1:
-      raise ValueError(f"max_new_tokens={self.max_new_tokens}: at least 1")
+    if not 1 <= self.max_new_tokens <= MAX_NEW_TOKENS:
+      raise ValueError(
+        f"max_new_tokens={self.max_new_tokens}: at least 1 and at most"
+        f" {MAX_NEW_TOKENS}"
+      )
     if not 0 <= self.temperature < math.inf:
       raise ValueError(
         f"temperature={self.temperature:g}: must be finite, at least 0"
@@ -62,16 +66,27 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-  """A response: its tokens, with EOS where it was reached.
+  """A response: its tokens, with the stop token where one was reached.
 
   Attributes:
     tokens: token ids.
     logps: f32, the log-probability of each under the model itself, whatever
       the temperature and the tokens left out, nats.
+    ended: whether a stop token was drawn, which is the last one; else the
+      response was cut.
+    drawn_logps: f32, that under what it was drawn from: the model at this
+      temperature, without those tokens; 0 where the most likely one is taken.
   """
 
   tokens: list[int]
   logps: np.ndarray
+  ended: bool
+  drawn_logps: np.ndarray
+
+  @property
+  def content(self) -> list[int]:
+    """The tokens of its text: those before the stop token."""
+    return self.tokens[:-1] if self.ended else self.tokens
 
 
 class Sampler:
@@ -93,7 +108,7 @@ class Sampler:
     settings: Settings,
     *,
     seed: int,
-    eos_id: int,
+    stop_ids: Sequence[int],
     samples_per_prompt: int = 1,
     batch_rows: int = 256,
     indices: Sequence[int] | None = None,
@@ -110,7 +125,7 @@ class Sampler:
       prompts: token ids, of any lengths above 0.
       settings: how tokens are drawn.
       seed: of the draws.
-      eos_id: the token that ends a response.
+      stop_ids: the tokens that each end a response; none: all are cut.
       samples_per_prompt: at least 1.
       batch_rows: about how many responses grow at once: prompts come whole.
       indices: of the prompts; their places in the list by default. A prompt
@@ -126,10 +141,11 @@ class Sampler:
     shards = sharding.num_row_shards_here()
     batch = -(-max(batch_rows // samples_per_prompt, 1) // shards) * shards
     found: dict[int, list[Sample]] = {}
+    stops = np.array(stop_ids, np.int32)
     for length, places in _by_length(prompts).items():
       for first in range(0, len(places), batch):
         here = places[first : first + batch]
-        tokens = np.full((batch, length), eos_id, np.int32)
+        tokens = np.full((batch, length), _filler(stop_ids), np.int32)
         lengths, numbers = np.zeros((2, batch), np.int32)
         for row, place in enumerate(here):
           tokens[row, length - len(prompts[place]) :] = prompts[place]
@@ -143,13 +159,16 @@ class Sampler:
             None if value == 1 else np.float32(value)
             for value in (settings.temperature, settings.top_p)
           ),
-          np.int32(eos_id),
+          stops,
+          np.int32(_filler(stop_ids)),
           max_new_tokens=settings.max_new_tokens,
           samples_per_prompt=samples_per_prompt,
           top_k=min(settings.top_k, self.config.vocab_size),
           is_greedy=settings.temperature == 0,
         )
-        samples = _to_samples(*jax.device_get(drawn), samples_per_prompt)
+        samples = _to_samples(
+          *jax.device_get(drawn), samples_per_prompt, frozenset(stop_ids)
+        )
         done = dict(zip(here, samples))
         found |= done
         if on_batch is not None:
@@ -192,13 +211,25 @@ def _by_length(prompts: Sequence[Sequence[int]]) -> dict[int, list[int]]:
   return dict(sorted(found.items()))
 
 
+def _filler(stop_ids: Sequence[int]) -> int:
+  """Returns the token where there is none, which nothing sees."""
+  return stop_ids[0] if stop_ids else 0
+
+
 def _to_samples(
-  tokens: np.ndarray, logps: np.ndarray, lengths: np.ndarray, per_prompt: int
+  tokens: np.ndarray,
+  logps: np.ndarray,
+  lengths: np.ndarray,
+  per_prompt: int,
+  stop_ids: frozenset[int],
 ) -> list[list[Sample]]:
-  """Returns the samples of each prompt from rows [R,U] and their lengths."""
+  """Returns the samples of each prompt from what `_sample_rows` returns."""
   rows = [
-    Sample(tokens[row, :length].tolist(), logps[row, :length])
+    Sample(kept, own, kept[-1] in stop_ids, drawn)
     for row, length in enumerate(lengths)
+    for kept, (own, drawn) in [
+      (tokens[row, :length].tolist(), logps[row, :length].T)
+    ]
   ]
   return [
     rows[first : first + per_prompt]
@@ -225,15 +256,17 @@ def _sample_rows(
   rng: jax.Array,
   temperature: jax.Array | None,  # None: 1
   top_p: jax.Array | None,  # None: 1
-  eos_id: jax.Array,
+  stop_ids: jax.Array,  # i32[K]
+  filler: jax.Array,  # i32[]  stands where there is no token
   *,
   max_new_tokens: int,
   samples_per_prompt: int,
   top_k: int,
   is_greedy: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Returns tokens i32[R,U], logps f32[R,U] and lengths i32[R] of responses.
+  """Returns tokens i32[R,U], logps f32[R,U,2] and lengths i32[R] of responses.
 
+  The last axis of logps has those of the model, and of what was drawn from.
   Rows are the samples of the first prompt, then of the second, ...
   """
   prompt_length = prompts.shape[1]
@@ -249,21 +282,20 @@ def _sample_rows(
 
   def draw(step, logits, tokens, logps, ended):
     if is_greedy:
-      chosen = jnp.argmax(logits, axis=-1)
+      chosen, drawn = jnp.argmax(logits, axis=-1), jnp.zeros(num_rows)
     else:
       step_keys = jax.vmap(fold_in, (0, None))(keys, step)
-      # As they are, the sums of `_choose` are those of the log-probability:
-      # XLA computes them once.
+      # As they are, the sums of `draws.choose` are those of the
+      # log-probability: XLA computes them once.
       scaled = logits if temperature is None else logits / temperature
-      allowed = _allowed(scaled, top_k, top_p)
-      chosen = _choose(jax.vmap(jax.random.uniform)(step_keys), allowed)
-    chosen = jnp.where(ended, eos_id, chosen).astype(jnp.int32)
-    of_chosen = jnp.take_along_axis(logits, chosen[:, None], axis=1)[:, 0]
-    highest, sums = _block_sums(logits)
-    of_chosen -= highest + jnp.log(sums.sum(axis=-1))
+      allowed = draws.allowed(scaled, top_k, top_p)
+      chosen = draws.choose(jax.vmap(jax.random.uniform)(step_keys), allowed)
+      drawn = draws.logps_of(allowed, chosen)
+    chosen = jnp.where(ended, filler, chosen).astype(jnp.int32)
+    of_chosen = jnp.stack([draws.logps_of(logits, chosen), drawn], axis=-1)
     tokens = tokens.at[:, step].set(chosen)
-    logps = logps.at[:, step].set(jnp.where(ended, 0.0, of_chosen))
-    return tokens, logps, ended | (chosen == eos_id)
+    logps = logps.at[:, step].set(jnp.where(ended[:, None], 0.0, of_chosen))
+    return tokens, logps, ended | jnp.isin(chosen, stop_ids)
 
   def unfinished(room, carry):
     step, _, _, _, ended = carry
@@ -301,8 +333,8 @@ def _sample_rows(
   drawn = draw(
     0,
     of_samples(unembedding.logits(states[:, -1])),
-    jnp.full(shape, eos_id, jnp.int32),
-    jnp.zeros(shape, jnp.float32),
+    jnp.full(shape, filler, jnp.int32),
+    jnp.zeros((*shape, 2), jnp.float32),
     first_positions[:, 0] == 0,
   )
   cache = transformer.make_cache(prompt, num_rows)
@@ -313,8 +345,8 @@ def _sample_rows(
     is_unfinished = functools.partial(unfinished, room)
     carry = jax.lax.while_loop(is_unfinished, extend, carry)
   _, _, tokens, logps, _ = carry
-  is_eos = tokens == eos_id
-  ends = jnp.where(is_eos.any(1), is_eos.argmax(1) + 1, max_new_tokens)
+  is_stop = jnp.isin(tokens, stop_ids)
+  ends = jnp.where(is_stop.any(1), is_stop.argmax(1) + 1, max_new_tokens)
   # Every process reads all responses.
   whole = lambda x: sharding.constrain(x, *[None] * x.ndim)
   return whole(tokens), whole(logps), whole(ends)
@@ -329,69 +361,3 @@ def _rooms(length: int) -> list[int]:
   while rooms and rooms[0] > MIN_ROOM and len(rooms) < MAX_ROOMS:
     rooms.insert(0, -(-rooms[0] // 2))
   return rooms
-
-
-def _allowed(
-  logits: jax.Array, top_k: int, top_p: jax.Array | None
-) -> jax.Array:
-  """Returns logits f32[R,V], -inf for what is left out."""
-  if top_k:
-    lowest = jax.lax.top_k(logits, top_k)[0][:, -1:]
-    logits = jnp.where(logits < lowest, -jnp.inf, logits)
-  if top_p is not None:
-    ordered = jnp.sort(logits, axis=-1, descending=True)
-    shares = jax.nn.softmax(ordered)
-    # What the more likely tokens hold without this one.
-    is_in = jnp.cumsum(shares, axis=-1) - shares < top_p
-    lowest = jnp.min(jnp.where(is_in, ordered, jnp.inf), -1, keepdims=True)
-    logits = jnp.where(logits < lowest, -jnp.inf, logits)
-  return logits
-
-
-def _block_sums(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Returns a row's highest logit f32[R], and sums of exp(logit - highest).
-
-  The sums are f32[R,n], over `BLOCK` tokens each, the last over the rest.
-  Nothing as large as the logits is written.
-  """
-  num_rows, vocab = logits.shape
-  whole = vocab - vocab % BLOCK
-  highest = logits.max(axis=-1)
-  add = lambda x: jnp.exp(x - highest[:, None, None]).sum(axis=-1)
-  blocks = add(logits[:, :whole].reshape(num_rows, -1, BLOCK))
-  rest = add(logits[:, None, whole:])
-  sums = jnp.concatenate([blocks, rest], axis=1)
-  # Or else XLA makes a sum of these another one of all that is in them.
-  return highest, jax.lax.optimization_barrier(sums)
-
-
-def _choose(uniform: jax.Array, logits: jax.Array) -> jax.Array:
-  """Returns the token i32[R] at which the distribution passes f32[R] of [0,1).
-
-  One random number a row: noise for every logit costs more than the product
-  that makes the logits. The cumulative sum is taken over blocks of tokens,
-  then within one of them.
-  """
-  highest, sums = _block_sums(logits)
-  place, rest = _passes(sums, uniform * sums.sum(axis=-1))
-  tokens = place[:, None] * BLOCK + jnp.arange(BLOCK)[None]
-  near = jnp.take_along_axis(
-    logits, tokens, axis=1, mode="fill", fill_value=-jnp.inf
-  )
-  within, _ = _passes(jnp.exp(near - highest[:, None]), rest)
-  return place * BLOCK + within
-
-
-def _passes(
-  weights: jax.Array, target: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """Returns where the sum of f32[R,n] first is above f32[R], and what is left.
-
-  A weight of 0 is never where; a target that rounding put at the sum of all
-  weights is just below it.
-  """
-  sums = jnp.cumsum(weights, axis=-1)
-  target = jnp.minimum(target, jnp.nextafter(sums[:, -1], 0.0))
-  place = jnp.sum(sums <= target[:, None], axis=-1)
-  take = lambda x: jnp.take_along_axis(x, place[:, None], axis=-1)[:, 0]
-  return place, target - (take(sums) - take(weights))

@@ -7,7 +7,6 @@ of its own.
 
 import dataclasses
 import hashlib
-import importlib.util
 import itertools
 import json
 import pathlib
@@ -17,7 +16,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from dpo_jax import experiment
+from dpo_jax import experiment, user_code
 from dpo_jax.checkpoints import run_folder
 
 ARGUMENT = "loss"
@@ -169,12 +168,12 @@ def _text(value: Any) -> str:
 
 def _read_lines(path: str) -> list[Any]:
   found = []
-  lines = pathlib.Path(path).read_text().splitlines()
+  lines = pathlib.Path(path).read_bytes().splitlines()
   for number, line in enumerate(lines, 1):
     if line.strip():
       try:
         found.append(json.loads(line))
-      except ValueError as error:
+      except (ValueError, RecursionError) as error:
         raise ValueError(
           f"--points={path}, line {number}: not JSON: {error}"
         ) from error
@@ -183,18 +182,16 @@ def _read_lines(path: str) -> list[Any]:
 
 def _run(path: str) -> list[Any]:
   """Returns what `get_points()` of a Python file returns."""
-  spec = importlib.util.spec_from_file_location("points", path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  if "get_points" not in vars(module):
-    raise ValueError(f"--points={path}: it has no get_points()")
-  return list(module.get_points())
+  with user_code.errors_in(path, f"--points={path}"):
+    return list(user_code.load(path, "get_points").get_points())
 
 
 def _check_point(where: str, point: Any) -> None:
   if not isinstance(point, dict) or not point:
     raise ValueError(f"{where}: must be an object of dotted keys, is {point!r}")
   for key, value in point.items():
+    if not isinstance(key, str) or not key:
+      raise ValueError(f"{where}: key {key!r} must be a config key")
     if not isinstance(value, str | int | float) or value == "":
       raise ValueError(
         f"{where}: {key!r} is {value!r}; allowed: a string, a number, a bool"

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from matplotlib import axes, figure
 
-from dpo_jax import files
+from dpo_jax import files, markdown
 from dpo_jax.checkpoints import run_folder
 from dpo_jax.evaluation import frontier
 from dpo_jax.sweeps.points import ARGUMENT, Point
@@ -93,7 +93,8 @@ def write(
     ]
     for row in rows
   ]
-  text = markdown([*keys, "status", metric], cells)
+  head = [*keys, "status", metric]
+  text = markdown.table(head, cells, is_padded=True) + "\n"
   files.write_text(folder / "sweep.md", text)
   fig = figure.Figure(figsize=(5.5, 3.8), layout="constrained")
   draw(fig.subplots(), rows, metric=metric, x=x)
@@ -156,17 +157,6 @@ def draw(ax: axes.Axes, rows: Sequence[Row], *, metric: str, x: str) -> None:
   ax.set_axisbelow(True)
   if lines:
     ax.legend(frameon=False, fontsize="small", loc="best")
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  """Returns a table in Markdown, its columns aligned."""
-  widths = [max(map(len, column)) for column in zip(header, *rows)]
-  rule = ["-" * width for width in widths]
-  lines = [
-    " | ".join(cell.ljust(width) for cell, width in zip(row, widths))
-    for row in (header, rule, *rows)
-  ]
-  return "".join(f"| {line} |\n" for line in lines)
 
 
 def _csv(

@@ -1,12 +1,12 @@
 """Runs the points of a sweep, some at once, until none is left."""
 
-import contextlib
 import dataclasses
 import pathlib
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
+from dpo_jax import endings, markdown
 from dpo_jax.checkpoints import run_folder
 from dpo_jax.sweeps import display, launchers, results
 from dpo_jax.sweeps.points import Point
@@ -75,13 +75,13 @@ def plan(sweep: Sweep) -> str:
       begun = (sweep.run_folder(point) / "config.json").exists()
       state = "begun" if begun else "new"
     rows.append([point.name, state])
-  return results.markdown(["run", "state"], rows)
+  return markdown.table(["run", "state"], rows, is_padded=True) + "\n"
 
 
 def run(sweep: Sweep) -> int:
   """Returns the exit status: 0 when every run finished, 1 when some failed.
 
-  A signal to end (SIGINT, SIGTERM) is passed on to the runs, which save; the
+  A signal to end (see `endings`) is passed on to the runs, which save; the
   status is then 128 and the signal's number. The sweep started again goes on
   from there, also after a kill: what is finished stays, and a run that is
   still alive is waited for.
@@ -90,7 +90,7 @@ def run(sweep: Sweep) -> int:
     ValueError: no run has the metric; the table was written all the same.
   """
   display_of = display.make_display(len(sweep.points))
-  with _signals() as received, display_of as shown:
+  with endings.deferred() as received, display_of as shown:
     queue = _Queue(sweep, shown)
     while not queue.is_empty:
       if received:
@@ -172,21 +172,6 @@ class _Queue:
     self._waiting.clear()
     for _, job, _ in self._jobs.values():
       job.stop()
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-  """Yields the list of signals to end, as they come."""
-  received = []
-  previous = {
-    number: signal.signal(number, lambda n, frame: received.append(n))
-    for number in (signal.SIGINT, signal.SIGTERM)
-  }
-  try:
-    yield received
-  finally:
-    for number, handler in previous.items():
-      signal.signal(number, handler)
 
 
 def _print_failure(name: str, status: int, log: pathlib.Path) -> None:

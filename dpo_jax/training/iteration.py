@@ -19,10 +19,13 @@ from dpo_jax.training import ppo
 from dpo_jax.training import state as state_lib
 from dpo_jax.types import Array, Params
 
-# (the decoder's parameters, prompts, number of each) -> responses
-GenerateFn = Callable[[Params, ppo.Tokens, Sequence[int]], list[list[int]]]
-# (prompts, responses) -> f32[n]
-ScoreFn = Callable[[ppo.Tokens, ppo.Tokens], np.ndarray]
+# (the decoder's parameters, prompts, number of each) -> responses, and whether
+# each ended with a stop token
+GenerateFn = Callable[
+  [Params, ppo.Tokens, Sequence[int]], tuple[list[list[int]], list[bool]]
+]
+# (prompts, responses, whether each ended) -> f32[n]
+ScoreFn = Callable[[ppo.Tokens, ppo.Tokens, Sequence[bool]], np.ndarray]
 
 
 class Iteration:
@@ -87,7 +90,7 @@ class Iteration:
     self, state: state_lib.TrainState, k: int, prompts: ppo.Tokens
   ) -> tuple[state_lib.TrainState, dict[str, Array]]:
     """Returns the state after iteration k, counted from 0; donates `state`."""
-    responses, scores = self._rollout(state, k, prompts)
+    responses, ended, scores = self._rollout(state, k, prompts)
     parts = self._parts(k, 0, len(prompts))
     batches = [self._pack(prompts, responses, part) for part in parts]
     tokens = self._token_scores(state, batches, parts)
@@ -110,6 +113,7 @@ class Iteration:
     state = dataclasses.replace(
       state, step=state.step + 1, loss_state={ppo.KL_COEF: kl_coef}
     )
+    metrics["ended"] = np.float32(np.mean(ended))
     return state, self._mean(found) | metrics
 
   def evaluate(
@@ -117,9 +121,10 @@ class Iteration:
   ) -> dict[str, float]:
     """Returns mean score and KL over new responses to these prompts.
 
-    `loss` is the mean score's negative.
+    Scores are less the penalty of what did not end; `ended` is the share that
+    did. `loss` is the mean score's negative.
     """
-    responses, scores = self._rollout(state, 0, prompts)
+    responses, ended, scores = self._rollout(state, 0, prompts)
     size = len(prompts) // self._settings.minibatches or 1
     parts = np.split(np.arange(len(prompts)), range(size, len(prompts), size))
     batches = [self._pack(prompts, responses, part) for part in parts]
@@ -130,22 +135,25 @@ class Iteration:
       "score/mean": float(scores.mean()),
       "objective/kl": float(kl.mean()),
       "response_length": float(_lengths(responses).mean()),
+      "ended": float(np.mean(ended)),
       "num_prompts": len(prompts),
     }
 
   def _rollout(self, state, k, prompts):
-    """Returns responses to the prompts of iteration k and their scores."""
+    """Returns iteration k's responses, whether each ended, and its score."""
     numbers = range(k * len(prompts), (k + 1) * len(prompts))
-    responses = self._generate_fn(
+    responses, ended = self._generate_fn(
       ppo.decoder_params(state.params), prompts, numbers
     )
-    scores = np.asarray(self._score_fn(prompts, responses), np.float32)
+    scores = self._score_fn(prompts, responses, ended)
+    scores = np.asarray(scores, np.float32)
     if scores.shape != (len(prompts),) or not np.isfinite(scores).all():
       raise ValueError(
         f"the reward gave {scores.shape} scores for {len(prompts)} responses,"
         f" {int((~np.isfinite(scores)).sum())} of them not finite"
       )
-    return responses, scores
+    penalty = np.float32(self._settings.missing_eos_penalty)
+    return responses, ended, np.where(ended, scores, scores - penalty)
 
   def _parts(self, k, epoch, num_responses):
     order = ppo.minibatch_order(self._seed, k, epoch, num_responses)

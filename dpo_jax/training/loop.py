@@ -7,15 +7,23 @@ measured and reported.
 
 import contextlib
 import dataclasses
+import math
+import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
+from absl import logging
 from jax.experimental import multihost_utils
 
+from dpo_jax import endings
 from dpo_jax.training import state as state_lib
+
+# Metrics of every step that must be finite, or the run ends.
+FINITE_METRICS = ("loss", "grad_norm")
 
 EvalFn = Callable[[state_lib.TrainState], dict[str, float]]
 SaveFn = Callable[[int, state_lib.TrainState, dict[str, float] | None], None]
@@ -33,6 +41,13 @@ class Schedule:
   log_every: int = 1
   eval_every: int = 0
   save_every: int = 0
+  save_minutes: float = 0.0  # a save at the latest so long after another
+
+  def __post_init__(self):
+    if not 0 <= self.save_minutes < math.inf:
+      raise ValueError(
+        f"checkpoint.minutes={self.save_minutes}: 0 (never) or above"
+      )
 
   def is_due(self, step: int, every: int) -> bool:
     """Returns whether something done every so often is due after `step`."""
@@ -59,11 +74,14 @@ def run(
   schedule: Schedule,
   eval_fn: EvalFn | None,
   save_fn: SaveFn,
+  wait_fn: Callable[[], None],
   record_fn: Callable[[int, str, dict[str, float]], None],
 ) -> tuple[state_lib.TrainState, bool]:
   """Returns the last state, and whether the run came to its end.
 
-  A run that is told to stop (SIGTERM) saves and returns False.
+  A run that is told to stop (see `endings`) saves and returns False. No state
+  is saved, nor evaluated, before every step that led to it is known to have
+  been finite.
 
   Args:
     state: holds the number of updates done already; donated.
@@ -73,11 +91,16 @@ def run(
     schedule: when to log, evaluate, save and end.
     eval_fn: returns the metrics of an evaluation.
     save_fn: keeps (step, state, eval metrics or None).
+    wait_fn: returns when what was saved is on disk.
     record_fn: keeps (step, split, metrics).
+
+  Raises:
+    endings.NotFiniteError: one of `FINITE_METRICS` of a step is not finite.
   """
   step = int(jax.device_get(state.step))
   pending = None
   clock = _Clock(waited)
+  timer = _SaveTimer(60 * schedule.save_minutes, step)
   with _stop_signal() as must_stop:
     for host_batch in batches:
       step += 1
@@ -85,27 +108,81 @@ def run(
         state, metrics = train_step(state, host_batch.batch)
       clock.add(host_batch)
       if pending is not None:
-        record_fn(*_fetch(pending, clock))
-        pending = None
-      if schedule.is_due(step, schedule.log_every):
-        pending = (step, metrics, clock.take())
+        _read(*pending, clock, record_fn)
+      is_logged = schedule.is_due(step, schedule.log_every)
+      pending = (step, metrics, clock.take() if is_logged else None)
       evaluates = eval_fn and schedule.is_due(step, schedule.eval_every)
       stopping = must_stop(step)
-      saves = stopping or schedule.is_due(step, schedule.save_every)
+      saves = (
+        stopping
+        or schedule.is_due(step, schedule.save_every)
+        or timer.is_due(step)
+      )
       if evaluates or saves:
-        if pending is not None:
-          record_fn(*_fetch(pending, clock))
-          pending = None
+        _read(*pending, clock, record_fn)
+        pending = None
         jax.block_until_ready(state.step)
         with clock.paused():
           eval_metrics = eval_fn(state) if evaluates else None
           if eval_metrics is not None:
             record_fn(step, "eval", eval_metrics)
+            _warn_of_eval(step, eval_metrics)
           if saves:
             save_fn(step, state, eval_metrics)
+            timer.restart(step)
       if stopping or step >= schedule.last_step:
         break
+    wait_fn()
   return state, step >= schedule.last_step
+
+
+def check_finite(step: int, metrics: Mapping[str, Any]) -> None:
+  """Raises endings.NotFiniteError where a step's metrics are not finite."""
+  wrong = [
+    f"{name} is {float(metrics[name])}"
+    for name in FINITE_METRICS
+    if not math.isfinite(metrics[name])
+  ]
+  if wrong:
+    raise endings.NotFiniteError(f"step {step}: {' and '.join(wrong)}")
+
+
+def _warn_of_eval(step, metrics):
+  # The weights may be fine: one held-out row is enough. It is never the best.
+  if not math.isfinite(metrics.get("loss", 0.0)):
+    logging.warning(
+      "step %d: the evaluation's loss is %s", step, metrics["loss"]
+    )
+
+
+class _SaveTimer:
+  """Says when a save is due by time, in all processes after the same step.
+
+  Process 0 measures how long a step takes and says at which step to look
+  again: after at most as many steps as it has seen, and half of the time that
+  is left, since later steps may take longer. So processes talk a few times
+  between two saves, and no step waits for that.
+  """
+
+  def __init__(self, seconds: float, step: int):
+    self._seconds = seconds
+    self.restart(step)
+
+  def restart(self, step: int) -> None:
+    """Begins to count after a save."""
+    self._start, self._start_step = time.monotonic(), step
+    self._look_at = step + 1
+
+  def is_due(self, step: int) -> bool:
+    if not self._seconds or step < self._look_at:
+      return False
+    passed, steps = time.monotonic() - self._start, step - self._start_step
+    left = self._seconds - passed
+    half = left / 2 * steps / max(passed, 1e-9)
+    wait = 0 if left <= 0 else max(1, int(min(steps, half)))
+    wait = int(multihost_utils.broadcast_one_to_all(np.int32(wait)))
+    self._look_at = step + wait
+    return wait == 0
 
 
 class _Clock:
@@ -147,27 +224,35 @@ class _Clock:
     return rates
 
 
-def _fetch(pending, clock):
-  step, metrics, counts = pending
+def _read(step, metrics, counts, clock, record_fn):
+  """Records a step's metrics if there are counts; all must be finite."""
+  if counts is None:
+    metrics = {name: metrics[name] for name in FINITE_METRICS}
   metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
-  return step, "train", metrics | clock.rates(counts)
+  if counts is not None:
+    record_fn(step, "train", metrics | clock.rates(counts))
+  check_finite(step, metrics)
 
 
 @contextlib.contextmanager
 def _stop_signal():
   """Yields `must_stop(step)`: true once this run was told to end.
 
-  Several processes agree on the step through JAX's own preemption service;
-  one process listens to SIGTERM itself.
+  Several processes agree on the step through JAX's own preemption service,
+  to which SIGTERM belongs: other signals are passed on to it.
   """
-  if jax.process_count() > 1:
-    yield multihost_utils.reached_preemption_sync_point
+  if jax.process_count() == 1:
+    with endings.deferred() as received:
+      yield lambda step: bool(received)
     return
-  received = []
-  previous = signal.signal(
-    signal.SIGTERM, lambda number, frame: received.append(number)
-  )
-  try:
-    yield lambda step: bool(received)
-  finally:
-    signal.signal(signal.SIGTERM, previous)
+  others = tuple(n for n in endings.SIGNALS if n != signal.SIGTERM)
+  passed_on = []
+
+  def must_stop(step):
+    if received and not passed_on:
+      passed_on.append(received[0])
+      os.kill(os.getpid(), signal.SIGTERM)
+    return multihost_utils.reached_preemption_sync_point(step)
+
+  with endings.deferred(others) as received:
+    yield must_stop

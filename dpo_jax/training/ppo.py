@@ -52,6 +52,7 @@ class Settings:
     target_kl: nats of a sequence to which kl_coef is steered; None fixes it.
     horizon: responses over which kl_coef may change by a fifth.
     whiten: whether advantages have mean 0 and variance 1 in an iteration.
+    missing_eos_penalty: score units that a response loses which did not end.
   """
 
   epochs: int = 4
@@ -65,6 +66,7 @@ class Settings:
   target_kl: float | None = None
   horizon: float = 10_000.0
   whiten: bool = True
+  missing_eos_penalty: float = 0.0
 
   def __post_init__(self):
     is_allowed = {
@@ -81,6 +83,10 @@ class Settings:
         "above 0, or None",
       ),
       "horizon": (self.horizon > 0, "above 0"),
+      "missing_eos_penalty": (
+        0 <= self.missing_eos_penalty < math.inf,
+        "at least 0",
+      ),
     }
     for name, (allowed, what) in is_allowed.items():
       if not allowed:

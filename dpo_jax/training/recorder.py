@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import os
 import pathlib
 import sys
@@ -11,10 +12,11 @@ from types import ModuleType
 from typing import Any
 
 import jax
-import tensorboardX
 import tqdm
+from tensorboardX import event_file_writer, summary
+from tensorboardX.proto import event_pb2
 
-from dpo_jax import files
+from dpo_jax import endings, files
 
 
 class Recorder:
@@ -57,9 +59,11 @@ class Recorder:
     path = workdir / "metrics.jsonl"
     _drop_after(path, start_step)
     self._file = path.open("a")
-    self._events = tensorboardX.SummaryWriter(
-      str(workdir), purge_step=start_step + 1 if start_step else 0
-    )
+    # Not a SummaryWriter, whose thread dies of a full disk: the run would then
+    # wait for it for ever.
+    self._events = event_file_writer.EventsWriter(str(workdir / "events"))
+    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    self._add_event(start_step + 1 if start_step else 0, session_log=start)
     self._wandb = wandb and wandb.init(
       project=wandb_project,
       name=workdir.absolute().name,
@@ -89,10 +93,13 @@ class Recorder:
       return
     values = {name: float(value) for name, value in metrics.items()}
     line = json.dumps({"step": int(step), "split": split, **values})
-    self._file.write(line + "\n")
-    self._file.flush()
-    for name, value in values.items():
-      self._events.add_scalar(f"{split}/{name}", value, step)
+    with endings.writing(self._file.name):
+      self._file.write(line + "\n")
+      self._file.flush()
+      for name, value in values.items():
+        if math.isfinite(value):  # TensorBoard has no others
+          scalar = summary.scalar(f"{split}/{name}", value)
+          self._add_event(step, summary=scalar)
     if self._wandb:
       named = {f"{split}/{name}": value for name, value in values.items()}
       self._wandb.log(named, step=step)
@@ -102,8 +109,9 @@ class Recorder:
     """Flushes and closes everything."""
     if self._is_writer:
       self._bar.close()
-      self._file.close()
-      self._events.close()
+      with endings.writing(self._file.name):
+        self._file.close()
+        self._events.close()
       if self._wandb:
         self._wandb.finish()
 
@@ -112,6 +120,10 @@ class Recorder:
 
   def __exit__(self, *_: object) -> None:
     self.close()
+
+  def _add_event(self, step: int, **content: Any) -> None:
+    event = event_pb2.Event(step=step, wall_time=time.time(), **content)
+    self._events.write_event(event)
 
   def _show(self, step: int, split: str, values: Mapping[str, float]) -> None:
     """Moves the bar of a terminal; elsewhere prints a line."""

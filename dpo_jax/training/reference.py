@@ -2,9 +2,11 @@
 
 live    a frozen copy that the step runs without gradient
 cached  a file, written once and read by every run that needs the same ones:
-        the step holds no reference and computes none. Rows are packed in
-        another order there, so values differ by rounding; where policy equals
-        reference, margins are 1e-5 nats instead of 0 and accuracy is chance
+        the step holds no reference and computes none. It is computed in the
+        rows of the first epoch, where a policy that equals the reference has
+        margins of 0; in other rows (later epochs; in float32 also those of
+        another seed or batch size, which share the file) sums are rounded in
+        another order: by 1e-5 nats, and in bfloat16 by the hundredth of one
 adapter_off
         the policy's base with the adapters left out: no second copy of it
 ema     as live, and every few updates it moves part of the way to the policy
@@ -21,8 +23,6 @@ import hashlib
 import json
 import os
 import pathlib
-import uuid
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 
 import filelock
@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from dpo_jax import caches, endings, schema
 from dpo_jax.data import loader
 from dpo_jax.losses import objectives
 from dpo_jax.models import config as model_config
@@ -40,7 +41,7 @@ MODES = ("live", "cached", "adapter_off", "ema", "sync", "none")
 MOVING_MODES = ("ema", "sync")
 ALPHA, EVERY = 0.6, 512  # TR-DPO's soft weight and its hard interval
 # To be raised with any change of what is in a cache of log-probabilities.
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 _HASHED_PAIRS = 4096  # whose tokens are in memory at once
 
 
@@ -207,8 +208,9 @@ def cache_key(
   """Returns a hash of all that log-probabilities depend on.
 
   These are the token ids, cut to length as they are; the decoder, its dtypes
-  and weights; and the loss's weights of tokens. Rows, mesh and device are not
-  among them: they change the order of sums only.
+  and weights; and the loss's weights of tokens. Rows change the order of sums
+  only and are not among them in float32; in bfloat16, where that counts, they
+  are. Mesh and device are not.
 
   Args:
     batches: the pairs, and what is scored beside their responses.
@@ -226,6 +228,8 @@ def cache_key(
     objective.ld_alpha,
     batches.extra_columns,
   ]
+  if model.dtype != "float32":
+    settings += batches.placement
   dataset = batches.dataset
   digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
   digest.update(np.ascontiguousarray(dataset.lengths))
@@ -261,7 +265,7 @@ def cached_logps(
   is_writer = jax.process_index() == 0
   with _locked(path, say) if is_writer else contextlib.nullcontext():
     found, problem = None, ""
-    if is_writer and path.exists():
+    if is_writer and os.path.lexists(path):
       found, problem = _read(path, key, shape)
     has_found = multihost_utils.broadcast_one_to_all(
       np.array(found is not None)
@@ -275,14 +279,16 @@ def cached_logps(
     say(f"reference: computes log-probabilities of {shape[0]} pairs{why}")
     logps = np.asarray(compute(), np.float32)
     if is_writer:
-      _write(path, key, logps)
+      with endings.writing(path):
+        _write(path, key, logps)
     return logps
 
 
 @contextlib.contextmanager
 def _locked(path: pathlib.Path, say: Callable[[str], None]) -> Iterator[None]:
   path.parent.mkdir(parents=True, exist_ok=True)
-  lock = filelock.FileLock(path.with_suffix(".lock"))
+  caches.sweep(path.parent)
+  lock = caches.lock(path)
   try:
     lock.acquire(timeout=0)
   except filelock.Timeout:
@@ -299,10 +305,11 @@ def _read(
 ) -> tuple[np.ndarray | None, str]:
   """Returns the values of a cache, or None and why they are not to be used."""
   try:
+    schema.check_file(path)
     with np.load(path) as file:
       logps, written = file["logps"], str(file["sha256"])
-  except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-    return None, " ".join(str(error).split())
+  except Exception as error:  # Whatever numpy makes of other files.
+    return None, " ".join(str(error).split()) or type(error).__name__
   if logps.dtype != np.float32 or logps.shape != shape:
     return None, f"it holds {logps.dtype}{list(logps.shape)}"
   if written != _checksum(key, logps):
@@ -312,10 +319,11 @@ def _read(
 
 def _write(path: pathlib.Path, key: str, logps: np.ndarray) -> None:
   """Writes a cache, whole or not at all."""
-  part = path.with_name(f".{path.stem}-{uuid.uuid4().hex}")
+  part = caches.partial(path)
   try:
     with part.open("wb") as file:
       np.savez(file, logps=logps, sha256=np.array(_checksum(key, logps)))
+    caches.remove(path)
     part.replace(path)
   finally:
     part.unlink(missing_ok=True)

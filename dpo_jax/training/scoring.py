@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -44,12 +45,12 @@ def response_logps(
   mesh: Mesh,
   *,
   chunk_length: int,
+  as_trained: bool = False,
 ) -> np.ndarray:
   """Returns f32[n,C], summed log-probabilities of each response, nats.
 
-  Every pair once, in file order; an absent response has 0. The
-  program is that of an evaluation, so rows, layouts and chunks are those of
-  the step.
+  Every pair once; an absent response has 0. The program is that of an
+  evaluation, so layouts and chunks are those of the step.
 
   Args:
     model: the decoder.
@@ -58,6 +59,7 @@ def response_logps(
     batches: the pairs.
     mesh: all devices; to be called under `jax.set_mesh`.
     chunk_length: scored positions of a row that meet the vocabulary at once.
+    as_trained: whether rows are those of the first epoch, not of evaluations.
   """
   scorer = steps.Scorer(
     policy=model,
@@ -65,7 +67,8 @@ def response_logps(
     objective=dataclasses.replace(objective, wpo=False),
     chunk_length=chunk_length,
   )
-  return collect(make_score_fn(scorer, mesh), params, batches, mesh)
+  score = make_score_fn(scorer, mesh)
+  return collect(score, params, batches, mesh, as_trained=as_trained)
 
 
 def make_score_fn(
@@ -82,6 +85,8 @@ def collect(
   params: Params,
   batches: loader.Loader,
   mesh: Mesh,
+  *,
+  as_trained: bool = False,
 ) -> np.ndarray:
   """Returns f32[n,C], what the policy scores each response, in file order.
 
@@ -90,13 +95,23 @@ def collect(
     params: the policy's, on the mesh.
     batches: the pairs.
     mesh: all devices; to be called under `jax.set_mesh`.
+    as_trained: as of `response_logps`.
   """
+  order, packed = np.arange(batches.num_pairs), batches.eval_batches()
+  if as_trained:
+    # The last batch may begin the next epoch.
+    numbers = range(math.ceil(batches.num_pairs / batches.batch_size))
+    order = np.concatenate([batches.indices(k) for k in numbers])[: len(order)]
+    packed = map(batches.batch, numbers)
   found = []
-  for batch in batches.eval_batches():
+  for batch in packed:
     batch = dataclasses.replace(batch, reference=None)
     placed = device_batch(batch, batches, mesh)
     found.append(score(params, None, placed).policy)
     # One batch late: the next is packed while the device computes, and no
     # more than two are in its memory.
     found[-2:-1] = jax.device_get(found[-2:-1])
-  return np.concatenate(jax.device_get(found))[: batches.num_pairs]
+  scores = np.concatenate(jax.device_get(found))[: batches.num_pairs]
+  in_file_order = np.empty_like(scores)
+  in_file_order[order] = scores
+  return in_file_order

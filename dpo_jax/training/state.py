@@ -101,6 +101,13 @@ def init_loss_state(
   return {name: zero() for name in names} or None
 
 
+@jax.jit
+def is_finite(tree: Any) -> Array:
+  """Returns whether no array of the tree holds a NaN or an infinity."""
+  leaves = [jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]
+  return jnp.stack(leaves).all()
+
+
 def abstract_state(state: TrainState) -> TrainState:
   """Returns shapes, dtypes and layouts of `state`, for restoring into."""
   return jax.tree.map(
@@ -109,11 +116,17 @@ def abstract_state(state: TrainState) -> TrainState:
   )
 
 
-def copy_params(params: Params, *, dtype: str, shardings: Params) -> Params:
-  """Returns a second copy of `params` in `dtype`: a frozen reference."""
+def copy_params(params: Params, *, like: Params, shardings: Params) -> Params:
+  """Returns a second copy of `params`: a frozen reference.
+
+  Args:
+    params: to be copied.
+    like: a tree of arrays or ShapeDtypeStructs, in whose dtypes it will be.
+    shardings: the layout of each parameter.
+  """
   # jnp.copy: jit would else pass the policy's own buffers through, and a
   # donated state may not hold a buffer twice.
-  copy = lambda x: jnp.copy(x.astype(dtype))
+  copy = lambda x, other: jnp.copy(x.astype(other.dtype))
   return jax.jit(
-    lambda tree: jax.tree.map(copy, tree), out_shardings=shardings
+    lambda tree: jax.tree.map(copy, tree, like), out_shardings=shardings
   )(params)

@@ -20,7 +20,8 @@ def folder(tmp_path):
     (tmp_path / name).write_text("{}")
   adapter = tmp_path / "adapter"
   adapter.mkdir()
-  config = {"peft_type": "LORA", "base_model_name_or_path": str(model)}
+  config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+  config |= {"target_modules": ["q"], "base_model_name_or_path": str(model)}
   (adapter / "adapter_config.json").write_text(json.dumps(config))
   return tmp_path
 

@@ -1,8 +1,11 @@
 """A checkpoint comes back bit for bit, or is said to be damaged."""
 
+import contextlib
+import errno
 import os
 import pathlib
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -100,6 +103,65 @@ def _flip_a_bit(path):
   data = bytearray(path.read_bytes())
   data[len(data) // 2] ^= 1
   path.write_bytes(data)
+
+
+@contextlib.contextmanager
+def _files_of_at_most(size):
+  """As a full disk does: what is written past it fails in the system."""
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("then", ["wait", "save", "close"])
+def test_a_save_that_the_system_refuses_is_its_error_and_keeps_the_last(
+  then, tmp_path, capfd
+):
+  state = {"params": {"embed": jax.random.normal(jax.random.key(0), (99, 99))}}
+  caught = pytest.raises(OSError, match="File too large")
+  with caught as error, _open(tmp_path, keep=1) as checkpoints:
+    checkpoints.save(1, state)
+    checkpoints.wait()
+    with _files_of_at_most(20_000):
+      checkpoints.save(2, state)
+      if then == "wait":
+        checkpoints.wait()
+      if then == "save":
+        checkpoints.save(3, state)
+      checkpoints.close()
+  assert error.value.errno == errno.EFBIG
+  assert error.value.filename == str(tmp_path / "checkpoints")
+  assert "Traceback" not in capfd.readouterr().err
+  with _open(tmp_path, keep=1) as checkpoints:
+    step, restored = checkpoints.restore(jax.eval_shape(lambda: state))
+  assert step == 1
+  _assert_equal(restored, state)
+
+
+def test_a_file_where_checkpoints_belong_is_refused(tmp_path):
+  (tmp_path / "checkpoints").touch()
+  with pytest.raises(FileExistsError, match="checkpoints"):
+    _open(tmp_path)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("lower_is_better", [True, False])
+def test_an_evaluation_that_is_not_finite_is_never_the_best(
+  value, lower_is_better, tmp_path
+):
+  state = {"params": {"embed": jnp.ones(3)}}
+  metric = "loss" if lower_is_better else "rewards/margins"
+  options = dict(metric=metric, lower_is_better=lower_is_better)
+  with _open(tmp_path, keep=1, **options) as checkpoints:
+    for step, x in enumerate((1.0, value, 2.0), 1):
+      worse = x if lower_is_better else -x
+      checkpoints.save(step, state, {metric: worse})
+    checkpoints.wait()
+  assert manager.saved_steps(tmp_path) == [1, 3]
+  assert manager.best_step(tmp_path, metric) == 1
 
 
 DAMAGE = {

@@ -1,7 +1,12 @@
 """The Arrow cache: found again, keyed by content, rebuilt when damaged."""
 
 import concurrent.futures
+import dataclasses
+import json
+import os
+import shutil
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -69,6 +74,14 @@ def test_take_gives_the_pairs_asked_for_in_order(load):
   assert tokens.lengths.dtype == np.int32
 
 
+def test_an_error_of_the_tokens_names_file_and_line(load, tmp_path):
+  chat = [{"role": "assistant", "content": "a"}]
+  row = {"prompt": chat, "chosen": chat, "rejected": chat}
+  place = f"^{tmp_path}/pairs.jsonl, line 6: the data holds chat messages"
+  with pytest.raises(ValueError, match=place):
+    load([*PAIRS, row])
+
+
 def test_tables_of_several_sliced_chunks_read_as_one():
   lists = [[[10 * i + j] * (j + i % 3) for i in range(9)] for j in (1, 2, 3)]
   whole = dataset.TokenDataset.from_lists(*lists)
@@ -113,7 +126,6 @@ def test_cached_tokens_are_memory_mapped(load):
     {"rows": PAIRS[:4]},
     {"max_length": 98},
     {"max_prompt_length": 49},
-    {"max_response_length": 48},
     {"inputs": "demonstrations"},
     {"source": "hub"},
   ],
@@ -158,6 +170,67 @@ def test_damaged_cache_is_rebuilt_and_said(
   assert len(count_builds) == 2
   assert "is damaged" in caplog.text
   assert folders(tmp_path) == [folder]
+
+
+def _replace(folder, table, report):
+  """Puts another dataset at the place of a cache, with a report that fits."""
+  shutil.rmtree(folder)
+  table.save_to_disk(folder)
+  has_parts = isinstance(table, dict)  # of which there is no checksum
+  written = report | {"sha256": "" if has_parts else dataset._checksum(folder)}
+  (folder / "report.json").write_text(json.dumps(written))
+
+
+@pytest.mark.parametrize(
+  "kind", ["file", "fifo", "link", "dict", "column", "dtype", "null", "report"]
+)
+def test_whatever_else_is_at_a_cache_s_place_is_replaced(
+  kind, load, tmp_path, count_builds, caplog
+):
+  first = load()
+  expected = as_lists(first.take(np.arange(5)))
+  (folder,) = folders(tmp_path)
+  report = dataclasses.asdict(first.report)
+  columns = {x: [[1]] * 5 for x in ("prompt", "chosen", "rejected")}
+  if kind in ("file", "link"):
+    folder.rename(tmp_path / "moved")
+    if kind == "file":
+      folder.write_text("x")
+    else:
+      folder.symlink_to(tmp_path / "absent")
+  elif kind == "fifo":
+    (folder / "state.json").unlink()
+    os.mkfifo(folder / "state.json")
+  elif kind == "dict":
+    table = datasets.Dataset.from_dict(columns)
+    _replace(folder, datasets.DatasetDict(train=table), report)
+  elif kind == "column":
+    table = datasets.Dataset.from_dict(columns | {"other": [1] * 5})
+    _replace(folder, table, report)
+  elif kind == "dtype":
+    columns["chosen"] = ["text"] * 5
+    _replace(folder, datasets.Dataset.from_dict(columns), report)
+  else:
+    arrays = [pa.array([[1]] * 5, pa.list_(pa.int32()))] * 3
+    if kind == "null":
+      arrays[1] = pa.array([[1], None] + [[2]] * 3, pa.list_(pa.int32()))
+    else:
+      report["dropped"] = [3]
+    table = pa.table(arrays, names=list(columns))
+    _replace(folder, datasets.Dataset(table), report)
+  with caplog.at_level("WARNING"):
+    assert as_lists(load().take(np.arange(5))) == expected
+  assert "is damaged" in caplog.text and len(count_builds) == 2
+  assert folders(tmp_path) == [folder]
+  load()
+  assert len(count_builds) == 2
+
+
+def test_a_build_sweeps_what_killed_builds_left(load, tmp_path):
+  left = tmp_path / "cache" / f".{'0' * 32}-{'1' * 32}"
+  left.mkdir(parents=True)
+  load()
+  assert not left.exists()
 
 
 def test_failed_write_leaves_nothing(load, tmp_path, monkeypatch):

@@ -1,6 +1,10 @@
 """Rows of every kind become examples, or a line that says what is wrong."""
 
+import json
+
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from dpo_jax.data import examples
 
@@ -41,6 +45,13 @@ def read(write_lines):
     # A string prompt beside messages.
     (("u", [USER, GOOD], [USER, BAD]), ([USER], [GOOD], [BAD])),
     (("u", [GOOD], [BAD]), ([USER], [GOOD], [BAD])),
+    # Messages beside whole dialogues.
+    (([USER], [USER, GOOD], [USER, BAD]), ([USER], [GOOD], [BAD])),
+    (([USER], [USER, GOOD], [BAD]), ([USER], [GOOD], [BAD])),
+    (
+      ([USER], [USER, GOOD, OTHER, GOOD], [USER, GOOD, OTHER, BAD]),
+      ([USER, GOOD, OTHER], [GOOD], [BAD]),
+    ),
   ],
 )
 def test_pair(row, expected, read):
@@ -58,6 +69,66 @@ def test_pairs_whose_prompts_differ_are_dropped(read):
   assert read(*rows) == [{"dropped": "prompts differ"}] * 3
 
 
+LATER = {"dropped": "a response holds turns of others than the assistant"}
+TURNS = [GOOD, USER, GOOD]
+
+
+@pytest.mark.parametrize(
+  "row, inputs",
+  [
+    ({"chosen": [USER, *TURNS], "rejected": [USER, BAD, USER, BAD]}, "pairs"),
+    ({"chosen": [USER, GOOD], "rejected": [USER, BAD, OTHER, BAD]}, "pairs"),
+    ({"prompt": [USER], "chosen": TURNS, "rejected": [BAD]}, "pairs"),
+    ({"prompt": [USER], "response": TURNS}, "demonstrations"),
+    ({"prompt": [USER], "response": TURNS, "label": 1}, "labelled"),
+    ({"prompt": [USER], "responses": [[GOOD], TURNS]}, "ranked"),
+  ],
+)
+def test_a_response_with_later_turns_is_dropped_and_says_why(row, inputs, read):
+  assert read(row, inputs=inputs) == [LATER]
+  if inputs != "ranked":  # the prompt is one all the same
+    assert read(row, inputs="prompts")[0]["prompt"] == [USER]
+
+
+TOOLS = [{"type": "function", "function": {"name": "f", "x": None}}]
+CALL = {"function": {"name": "f", "arguments": {"x": "y"}}}
+CALLING = {"role": "assistant", "tool_calls": [CALL]}
+RESULT = {"role": "tool", "content": "r"}
+
+
+def test_tools_stand_beside_the_messages_of_a_prompt(read):
+  pair = {"prompt": [USER, CALLING, RESULT]}
+  pair |= {"chosen": [GOOD], "rejected": [CALLING]}
+  with_tools = pair | {"prompt": {"messages": pair["prompt"], "tools": TOOLS}}
+  tools = (None, [], TOOLS, json.dumps(TOOLS))
+  rows = [pair | {"tools": value} for value in tools]
+  expected = [pair, pair, with_tools, with_tools]
+  assert read(*rows) == expected
+  # As samples of such prompts are written.
+  assert read(with_tools) == [with_tools]
+  assert read(GOOD_PAIR | {"tools": 3}) == [GOOD_PAIR]
+  for value, shown in ((3, "int"), ("{", "a string"), ([1], "a list")):
+    with pytest.raises(ValueError, match=f"line 1: column 'tools' is {shown}"):
+      read(pair | {"tools": value})
+
+
+def test_rows_of_a_table_are_those_of_lines(read, tmp_path):
+  """A table has every key in every row, null where a row has none."""
+  rows = [
+    {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
+    {
+      "prompt": [USER, CALLING, RESULT],
+      "chosen": [CALLING | {"content": None}],
+      "rejected": [BAD],
+      "tools": [{"name": "f", "x": {"a": "b"}}, {"name": "g"}],
+    },
+  ]
+  path = str(tmp_path / "pairs.parquet")
+  parquet.write_table(pa.Table.from_pylist(rows[::-1]), path)
+  table = list(examples.read("jsonl", path, split="", inputs="pairs"))
+  assert table[::-1] == read(*rows)
+
+
 @pytest.mark.parametrize(
   "row, prompt, response",
   [
@@ -65,6 +136,8 @@ def test_pairs_whose_prompts_differ_are_dropped(read):
     ({"prompt": [USER], "response": "g"}, [USER], [GOOD]),
     ({"prompt": "u", "response": [GOOD]}, [USER], [GOOD]),
     ({"messages": [USER, BAD, USER, GOOD]}, [USER, BAD, USER], [GOOD]),
+    ({"prompt": [USER], "response": [USER, GOOD]}, [USER], [GOOD]),
+    ({"prompt": "u", "response": [USER, GOOD]}, [USER], [GOOD]),
     ({"text": "t"}, "", "t"),
     ({"prompt": "p", "chosen": "c", "rejected": "r"}, "p", "c"),
     ({"chosen": [USER, GOOD], "rejected": [USER, BAD]}, [USER], [GOOD]),
@@ -230,7 +303,7 @@ def test_a_ranked_list_keeps_its_order_and_a_pair_is_one_of_two(read):
   rows = [
     {"prompt": "p", "responses": ["a", "b", "c"]},
     {"prompt": [USER], "responses": ["a", "b"]},
-    {"prompt": "p", "responses": [[GOOD], [OTHER]]},
+    {"prompt": "p", "responses": [[GOOD], [BAD]]},
     {"prompt": "p", "chosen": "c", "rejected": "r"},
   ]
   said = lambda text: [{"role": "assistant", "content": text}]
@@ -239,7 +312,7 @@ def test_a_ranked_list_keeps_its_order_and_a_pair_is_one_of_two(read):
     {"prompt": [USER], "responses": [said("a"), said("b")]},
     {
       "prompt": [{"role": "user", "content": "p"}],
-      "responses": [[GOOD], [OTHER]],
+      "responses": [[GOOD], [BAD]],
     },
     {"prompt": "p", "responses": ["c", "r"]},
   ]

@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+import os
 
 import pyarrow as pa
 import pytest
@@ -75,3 +76,11 @@ def test_missing_file_and_folder_are_refused(tmp_path):
   (tmp_path / "folder.jsonl").mkdir()
   with pytest.raises(ValueError, match="folder.jsonl' cannot be read"):
     list(jsonl.read(str(tmp_path / "folder.jsonl"), ""))
+
+
+@pytest.mark.parametrize("extension", jsonl.EXTENSIONS)
+def test_what_is_no_file_is_refused_unopened(extension, tmp_path):
+  path = str(tmp_path / f"rows{extension}")
+  os.mkfifo(path)
+  with pytest.raises(ValueError, match=f"{path} is not a regular file"):
+    list(jsonl.read(path, ""))

@@ -242,6 +242,41 @@ def test_a_mismatched_response_is_cut_to_the_longest_sequence():
   assert batch.lengths.tolist() == [[1, 0, 1], [4, 0, 1]]
 
 
+def make_mismatched(prompts):
+  """Returns a loader of lone responses; response i is token 100 + i."""
+  responses = [[100 + i] for i in range(len(prompts))]
+  tokens = dataset.TokenDataset.from_lists(
+    prompts, responses, [[] for _ in prompts]
+  )
+  return loader.Loader(
+    tokens,
+    batch_size=len(prompts),
+    shuffle=False,
+    extra_columns=("mismatched",),
+  )
+
+
+@hypothesis.given(st.lists(st.integers(1, 3), min_size=2, max_size=12))
+def test_a_mismatched_response_is_of_another_prompt(names):
+  prompts = [[7] * name for name in names]
+  hypothesis.assume(len(set(names)) > 1)
+  mismatched = make_mismatched(prompts).batch(0).mismatched
+  is_scored = mismatched.response >= 0
+  pairs = mismatched.response[is_scored] // 3
+  partners = mismatched.targets[is_scored] - 100
+  assert sorted(pairs) == list(range(len(names)))
+  half = len(names) // 2
+  for pair, partner in zip(pairs, partners, strict=True):
+    assert names[partner] != names[pair]
+    away = (pair + half) % len(names)
+    assert partner == away or names[away] == names[pair]
+
+
+def test_mismatched_responses_of_one_prompt_are_refused():
+  with pytest.raises(ValueError, match="all 3 pairs have one prompt"):
+    make_mismatched([[7]] * 3)
+
+
 @hypothesis.given(st.lists(SIZES, min_size=1, max_size=12))
 def test_scored_entries_stand_first_in_their_row(sizes):
   is_scored = filled(make_batch(sizes))["response"] >= 0

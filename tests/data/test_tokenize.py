@@ -1,6 +1,7 @@
 """Special tokens once, truncation exactly at the limit, and the report."""
 
 import json
+import resource
 
 import hypothesis
 import numpy as np
@@ -23,7 +24,6 @@ def run(
   inputs="pairs",
   max_length=99,
   max_prompt_length=50,
-  max_response_length=0,
 ):
   """Returns the texts of prompt, chosen and rejected of pairs; the report."""
   tokens, report = tokenize.tokenize(
@@ -32,7 +32,6 @@ def run(
     inputs=inputs,
     max_length=max_length,
     max_prompt_length=max_prompt_length,
-    max_response_length=max_response_length,
   )
   columns = [
     [tokenizer.decode(c.values[a:b]) for a, b in zip(c.offsets, c.offsets[1:])]
@@ -41,7 +40,7 @@ def run(
   return list(zip(*columns)), report
 
 
-def test_prompt_and_response_are_tokenised_apart(shared_dir):
+def test_no_token_reaches_from_a_prompt_into_its_response(shared_dir):
   path = str(shared_dir / "data/tokenizers/gpt2_tokenizer.json")
   tokenizer = tokenize.load_tokenizer(path)
   tokens, _ = tokenize.tokenize(
@@ -106,15 +105,33 @@ def test_responses_are_cut_on_the_right_exactly_at_the_limit(tokenizer):
   assert report.identical == 1
 
 
-def test_a_sample_that_was_cut_has_no_eos_at_its_own_length(tokenizer):
-  rows = [pair("pp", "abc", "abcd")]
-  texts, report = run(rows, tokenizer, max_response_length=4)
-  assert texts == [("pp", "abc</s>", "abcd")]
-  assert report.truncated_responses == 1
-  texts, _ = run(rows, tokenizer, max_response_length=4, max_length=5)
-  assert texts == [("pp", "abc", "abc")]
-  with pytest.raises(ValueError, match="max_response_length=-1: must be at"):
-    run(rows, tokenizer, max_response_length=-1)
+def test_a_response_that_did_not_end_has_no_eos(tokenizer):
+  rows = [
+    pair("p", "c", "r") | {"rejected_ended": False},
+    pair("p", "", "") | {"chosen_ended": False},
+  ]
+  texts, report = run(rows, tokenizer)
+  assert texts == [("p", "c</s>", "r")]
+  assert (report.kept, report.not_ended) == (1, 1)
+  assert report.dropped == {"a response without a token that did not end": 1}
+  lines = tokenize.report_lines(report)
+  assert "         1  responses that did not end (no EOS)" in lines
+  rows = [{"prompt": "p", "responses": ["a", "b"], "ended": [False, True]}]
+  assert run(rows, tokenizer, inputs="ranked")[0] == [("p", "a", "b</s>")]
+  rows = [{"prompt": "p", "response": "a", "ended": False, "label": False}]
+  assert run(rows, tokenizer, inputs="labelled")[0] == [("p", "", "a")]
+
+
+@pytest.mark.parametrize("end", ["eos_token", "''", "'<|im_end|>'"])
+def test_a_message_that_did_not_end_has_nothing_of_the_template_behind_it(
+  end, make_tokenizer, chat_template
+):
+  template = chat_template.replace("eos_token", end)
+  tokenizer = make_tokenizer(bos=True, template=template)
+  rows = [pair([USER], [GOOD], [GOOD]) | {"rejected_ended": False}]
+  ((prompt, chosen, rejected),), _ = run(rows, tokenizer)
+  assert prompt == "<s>[user]u\n[assistant]"
+  assert chosen.endswith("</s>") and rejected == "g"
 
 
 def test_pair_without_room_for_a_response_is_dropped_and_counted(tokenizer):
@@ -219,12 +236,19 @@ def test_messages_without_a_usable_template_are_refused(make_tokenizer):
   rows = [pair([USER], [GOOD], [GOOD])]
   for template, message in (
     (None, "has no chat template"),
-    ("{{ messages|length }}", "differently once"),
+    ("{{ messages|length }}{{ messages|tojson }}", "differently once"),
     ("{{ raise_exception('no user') }}", "refuses .*no user"),
   ):
     with pytest.raises(ValueError, match=message) as error:
       run(rows, make_tokenizer(template=template))
     assert "\n" not in str(error.value)
+
+
+def test_an_error_names_the_row(make_tokenizer, monkeypatch):
+  monkeypatch.setattr(tokenize, "CHUNK_ROWS", 2)
+  rows = [pair("p", "c", "r"), {"dropped": "why"}, pair([USER], [GOOD], [GOOD])]
+  with pytest.raises(ValueError, match="^row 3: the data holds chat messages"):
+    run(rows, make_tokenizer())
 
 
 @pytest.mark.parametrize("name", ["max_length", "max_prompt_length"])
@@ -287,6 +311,22 @@ def test_fingerprint_follows_vocabulary_special_tokens_and_template(
   others[-1].eos_token = "a"
   assert before not in [tokenize.fingerprint(other) for other in others]
   assert json.loads(before)
+
+
+def test_a_tokenizer_that_cannot_be_written_is_the_systems_error(
+  make_tokenizer, tmp_path
+):
+  (tmp_path / "file").touch()
+  with pytest.raises(FileExistsError):
+    tokenize.save_tokenizer(make_tokenizer(), tmp_path / "file")
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+  try:
+    with pytest.raises(OSError, match="File too large") as caught:
+      tokenize.save_tokenizer(make_tokenizer(), tmp_path / "folder")
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert caught.value.filename == str(tmp_path / "folder")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import concurrent.futures
 import os
 import pathlib
+import resource
 import signal
 import subprocess
 import sys
@@ -76,3 +77,18 @@ def test_what_is_no_cache_is_refused(tmp_path, content):
   assert answer_cache.make_key({"a": 1, "b": 2}) == answer_cache.make_key(
     {"b": 2, "a": 1}
   )
+
+
+def test_an_answer_that_cannot_be_kept_is_the_systems_error(tmp_path):
+  path = tmp_path / "answers.sqlite"
+  cache = AnswerCache(path)
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+  try:
+    with pytest.raises(OSError, match="answers.sqlite"):
+      cache.put({"a": 1}, Answer("x" * 50_000, None, None))
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  (tmp_path / "file").touch()
+  with pytest.raises(OSError, match="file"):
+    AnswerCache(tmp_path / "file" / "answers.sqlite")

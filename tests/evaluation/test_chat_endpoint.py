@@ -1,8 +1,12 @@
 """The endpoint's client against a server that speaks the protocol."""
 
+import base64
 import email.utils
 import json
+import math
 import time
+import traceback
+import urllib.parse
 
 import pytest
 
@@ -187,6 +191,82 @@ def test_a_wrong_key_is_told_and_not_shown(server, make_endpoint, monkeypatch):
   assert len(server.requests) < 50  # the others are not begun
 
 
+def _respond(status, body, *, reason="Sorry", head=""):
+  """Returns the bytes of a response."""
+  return (
+    f"HTTP/1.1 {status} {reason}\r\n{head}Content-Length: {len(body)}\r\n\r\n"
+    f"{body}"
+  ).encode()
+
+
+# What comes back of a request, given its key.
+ECHOES = {
+  "a reason": lambda x: _respond(401, "", reason=f"no {x}"),
+  "a message": lambda x: _respond(403, json.dumps({"error": {"message": x}})),
+  "a page": lambda x: _respond(404, f"<p>{x}</p>"),
+  "a page that is cut": lambda x: _respond(400, "-" * 190 + x * 30),
+  "half of it": lambda x: _respond(400, x[: len(x) // 2 + 2]),
+  "a status line": lambda x: f"{x} 200 OK\r\n\r\n".encode(),
+  "an answer without text": lambda x: _respond(200, json.dumps({"a": x})),
+  "a header": lambda x: _respond(302, "", head=f"Location: http://{x}/\r\n"),
+}
+
+
+@pytest.mark.parametrize("echo", ECHOES)
+@pytest.mark.parametrize("as_url", [False, True])
+def test_no_secret_comes_back_in_an_error(
+  server, make_endpoint, monkeypatch, echo, as_url
+):
+  secret = "s3cret/Key+with=signs&more" + "xyz" * 20
+  monkeypatch.setenv("OPENAI_API_KEY", f" {secret}\n")
+  shown = urllib.parse.quote(secret, safe="") if as_url else secret
+  server.faults = [lambda headers: ECHOES[echo](shown)] * 8
+  endpoint, _ = make_endpoint()
+  with pytest.raises(ValueError) as info:
+    endpoint.answers([MESSAGES])
+  assert server.headers["Authorization"] == f"Bearer {secret}"
+  said = "".join(traceback.format_exception(info.value))
+  windows = {shown[at : at + 8] for at in range(len(shown) - 7)}
+  assert not [window for window in windows if window in said], said
+
+
+def test_a_user_in_the_url_is_sent_and_never_shown(
+  server, make_endpoint, monkeypatch, tmp_path
+):
+  url = server.url.replace("://", "://alice:p%40ss-w0rd@")
+  monkeypatch.setenv("OPENAI_BASE_URL", url)
+  monkeypatch.setenv("OPENAI_API_KEY", "")
+  echo = lambda headers: _respond(
+    404, f"no alice with p@ss-w0rd or p%40ss-w0rd: {headers['Authorization']}"
+  )
+  server.faults = [echo]
+  endpoint, _ = make_endpoint()
+  assert "alice" not in endpoint.url
+  with pytest.raises(ValueError, match="404 Sorry") as info:
+    endpoint.answers([MESSAGES])
+  token = base64.b64encode(b"alice:p@ss-w0rd").decode()
+  assert server.headers["Authorization"] == f"Basic {token}"
+  # The answer has them too.
+  reply = {"choices": [{"message": {"content": f"A p@ss-w0rd {token} alice"}}]}
+  server.faults = [json.dumps(reply).encode()]
+  assert endpoint.answers([MESSAGES]) == ["A *** *** ***"]
+  kept = (tmp_path / "answers.sqlite").read_bytes().decode("latin1")
+  said = "".join(traceback.format_exception(info.value))
+  for secret in ("alice", "p@ss-w0rd", "p%40ss-w0rd", token):
+    assert secret not in said and secret not in kept
+
+
+def test_a_user_of_one_letter_takes_nothing_out_of_an_answer(
+  server, make_endpoint, monkeypatch
+):
+  url = server.url.replace("://", "://A:B@")
+  monkeypatch.setenv("OPENAI_BASE_URL", url)
+  monkeypatch.setenv("OPENAI_API_KEY", "")
+  reply = {"choices": [{"message": {"content": "Preferred: A"}}]}
+  server.faults = [json.dumps(reply).encode()]
+  assert make_endpoint()[0].answers([MESSAGES]) == ["Preferred: A"]
+
+
 def test_the_key_is_not_in_the_cache(server, make_endpoint, tmp_path):
   make_endpoint()[0].answers([MESSAGES])
   content = (tmp_path / "answers.sqlite").read_bytes()
@@ -241,10 +321,37 @@ def test_half_a_character_is_replaced(server, make_endpoint):
       {"OPENAI_BASE_URL": "", "OPENAI_API_KEY": ""},
       "OPENAI_API_KEY is not set",
     ),
+    (
+      {},
+      {"OPENAI_API_KEY": "the-right\nkey"},
+      "^OPENAI_API_KEY has a control character",
+    ),
+    ({}, {"OPENAI_API_KEY": "clé"}, "or one outside of ASCII"),
+    (
+      {},
+      {"OPENAI_BASE_URL": "http://al:p/w@localhost:1/v1"},
+      r"OPENAI_BASE_URL='http://\*\*\*@localhost:1/v1': not a URL",
+    ),
+    (
+      {},
+      {"OPENAI_BASE_URL": "al:pw@localhost:1"},
+      r"OPENAI_BASE_URL='\*\*\*@localhost:1': must begin",
+    ),
+    (
+      {},
+      {"OPENAI_BASE_URL": "http://al:pw@localhost:1"},
+      r"OPENAI_BASE_URL='http://\*\*\*@localhost:1' has a user; one of them",
+    ),
+    (
+      {},
+      {"OPENAI_BASE_URL": "http://localhost/v1?key=abc"},
+      "OPENAI_BASE_URL='http://localhost/v1': must have no query",
+    ),
     ({"model": ""}, {}, "needs a model: endpoint:MODEL"),
     ({"num_threads": 0}, {}, "num_threads=0: must be at least 1"),
     ({"prices": [1.0]}, {}, r"prices=\[1.0\]: must be two numbers"),
     ({"prices": [1.0, -1.0]}, {}, "must be two numbers of at least 0"),
+    ({"prices": [1.0, math.nan]}, {}, "must be two numbers of at least 0"),
   ],
 )
 def test_settings_that_cannot_be_are_refused(
@@ -252,5 +359,7 @@ def test_settings_that_cannot_be_are_refused(
 ):
   for name, value in environment.items():
     monkeypatch.setenv(name, value)
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(ValueError, match=message) as info:
     make_endpoint(**settings)
+  said = "".join(traceback.format_exception(info.value))
+  assert not [x for x in ("the-right", "clé", "abc", "pw", "p/w") if x in said]

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from matplotlib import figure
 
 from dpo_jax.evaluation import frontier
 
@@ -78,12 +79,78 @@ def test_no_other_weights_do_better(rewards):
   assert (values < best).all()
 
 
-def test_the_trusted_range_ends_at_half_of_log_n(rewards):
-  result = frontier.optimal_frontier(rewards, np.geomspace(0.001, 10, 50))
-  np.testing.assert_array_equal(
-    result.is_trusted, result.kl <= 0.5 * math.log(64)
+def _gain(line, kl):
+  """Returns the gain over the mean reward at this KL, trusted or not."""
+  order = np.argsort(line.kl)
+  return np.interp(kl, line.kl[order], line.reward[order]) - line.start
+
+
+def _rare(share, num_samples):
+  """Returns the line of rewards of 1 or 0, and what is known of it.
+
+  That is: how much of the gain it has lost below its trusted KL.
+  """
+  rng = np.random.default_rng(1)
+  rewards = (rng.random((300, num_samples)) < share).astype(float)
+  betas = np.geomspace(0.1, 100, 200)
+  line = frontier.optimal_frontier(rewards, betas)
+  p = share / (share + (1 - share) * np.exp(-1 / betas))
+  kl = p * np.log(p / share) + (1 - p) * np.log((1 - p) / (1 - share))
+  lost = 1 - _gain(line, kl) / (p - share)
+  return line, lost[kl < line.max_trusted_kl].max()
+
+
+@pytest.mark.parametrize("share", [0.02, 0.2])
+@pytest.mark.parametrize("num_samples", [16, 64, 256])
+def test_little_of_the_gain_is_lost_where_the_line_is_trusted(
+  share, num_samples
+):
+  _, lost = _rare(share, num_samples)
+  assert lost < 2 * frontier.MAX_LOSS
+
+
+def test_the_trusted_range_is_the_datas():
+  # 64 samples hold one of 50 three times of four, and one of 5 always.
+  rare, common = (_rare(share, 64)[0].max_trusted_kl for share in (0.02, 0.2))
+  assert rare < 1 and common == pytest.approx(-np.log(0.2), abs=0.1)
+
+
+def test_the_line_is_below_what_is_possible_and_nearer_with_more_samples():
+  rewards = np.random.default_rng(2).normal(size=(2_000, 64))
+  betas = np.geomspace(0.1, 100, 100)
+  # Of normal rewards, sqrt(2 KL) is the best gain.
+  kl = np.array([0.5, 1.0, 1.5])
+  gains = [
+    _gain(frontier.optimal_frontier(rewards[:, :n], betas), kl)
+    for n in (8, 16, 32, 64)
+  ]
+  assert (np.diff([*gains, np.sqrt(2 * kl)], axis=0) > 0).all()
+
+
+def test_the_line_starts_at_the_mean_reward(rewards):
+  line = frontier.optimal_frontier(rewards, np.geomspace(0.01, 1e4, 50))
+  assert line.start == rewards.mean()
+  assert line.reward_at(0.0) == pytest.approx(line.start, abs=1e-4)
+
+
+def test_few_samples_are_trusted_nowhere():
+  line = frontier.optimal_frontier(
+    np.random.default_rng(0).uniform(size=(50, 4)), np.geomspace(0.01, 100, 50)
   )
-  assert 0 < result.is_trusted.sum() < 50
+  assert line.max_trusted_kl == 0 and line.reward_at(0.01) is None
+
+
+def test_rewards_that_are_all_alike_are_trusted():
+  line = frontier.optimal_frontier(np.full((3, 4), 0.3), np.array([0.1, 1.0]))
+  assert line.reward_at(0.0) == pytest.approx(0.3)
+
+
+def test_the_legend_says_at_least(rewards):
+  line = frontier.optimal_frontier(rewards, np.geomspace(0.01, 100, 50))
+  ax = figure.Figure().subplots()
+  frontier.draw(ax, POINTS, line, reference_label="SFT", reward_name="reward")
+  labels = [text.get_text() for text in ax.get_legend().get_texts()]
+  assert "best possible, at least" in labels
 
 
 def test_reward_at_reads_the_line_and_only_where_it_is_trusted(rewards):
@@ -91,7 +158,7 @@ def test_reward_at_reads_the_line_and_only_where_it_is_trusted(rewards):
   k = int(np.argmin(abs(result.kl - 1.0)))
   assert result.reward_at(result.kl[k]) == pytest.approx(result.reward[k])
   assert result.reward_at(-0.01) == pytest.approx(rewards.mean(), abs=1e-3)
-  assert result.reward_at(3.0) is None
+  assert result.reward_at(result.max_trusted_kl + 0.1) is None
 
 
 @pytest.mark.parametrize(

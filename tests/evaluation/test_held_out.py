@@ -101,6 +101,12 @@ def test_what_cannot_be_evaluated_is_refused(run, tmp_path):
   settings = dataclasses.replace(settings, max_length=1)
   with pytest.raises(ValueError, match="none of 13 rows is kept; 12 dropped"):
     _evaluate(settings, run, [str(run / "pairs.jsonl")])
+  chat = [{"role": "assistant", "content": "a"}]
+  row = {"prompt": chat, "chosen": chat, "rejected": chat}
+  path = tmp_path / "chat.jsonl"
+  path.write_text(json.dumps(row))
+  with pytest.raises(ValueError, match=f"^{path}, line 1: .* no chat template"):
+    _evaluate(settings, run, [str(path)])
   assert jax.default_backend() == "cpu" and settings.dtype == "float32"
 
 

@@ -1,7 +1,5 @@
 """Intervals and kappa against scipy and by hand."""
 
-import math
-
 import numpy as np
 import pytest
 from scipy import stats
@@ -14,98 +12,123 @@ from dpo_jax.evaluation import intervals
 )
 def test_wilson_is_scipys(wins, total):
   expected = stats.binomtest(wins, total).proportion_ci(0.95, "wilson")
-  assert intervals.wilson(wins, total) == pytest.approx(tuple(expected))
+  found = intervals.wilson(wins / total, total)
+  assert found == pytest.approx(tuple(expected))
 
 
 def test_wilson_by_hand():
   # z^2 = 3.8415; (0.5 + 1.9207 / 4 -+ 1.96 sqrt(1/16 + 3.8415/64)) / 1.9604
-  assert intervals.wilson(2, 4) == pytest.approx((0.150039, 0.849961), abs=1e-6)
+  assert intervals.wilson(0.5, 4) == pytest.approx(
+    (0.150039, 0.849961), abs=1e-6
+  )
 
 
 def test_swapping_wins_and_losses_mirrors_wilson():
-  low, high = intervals.wilson(3, 10)
-  assert intervals.wilson(7, 10) == pytest.approx((1 - high, 1 - low))
+  low, high = intervals.wilson(0.3, 10)
+  assert intervals.wilson(0.7, 10) == pytest.approx((1 - high, 1 - low))
 
 
-def test_bootstrap_of_many_groups_is_near_the_normal_interval():
-  values = np.random.default_rng(0).choice([0.0, 0.5, 1.0], size=2_000)
-  low, high = intervals.bootstrap(values, np.ones(2_000), seed=1)
-  half = 1.959964 * values.std() / math.sqrt(2_000)
-  assert low == pytest.approx(values.mean() - half, abs=1e-3)
-  assert high == pytest.approx(values.mean() + half, abs=1e-3)
+def _share(values, groups, by_group=True):
+  return intervals.share(values, list(groups), by_group=by_group)
 
 
-def test_bootstrap_draws_whole_groups():
-  # Two groups of 10: (0, 0), (0, 1), (1, 0) and (1, 1) are as likely.
-  sums, counts = np.array([0.0, 10.0]), np.array([10.0, 10.0])
-  assert intervals.bootstrap(sums, counts, seed=0) == (0, 1)
-  # 20 values drawn one by one would leave neither end this far.
-  alone = np.repeat([0.0, 1.0], 10)
-  low, high = intervals.bootstrap(alone, np.ones(20), seed=0)
-  assert 0.2 < low < 0.35 and 0.65 < high < 0.8
+def _coverage(num_prompts, num_samples, rate, *, bad=0.0, ties=0.0):
+  """Returns how often the interval holds the true rate, of 1,000.
 
-
-def test_bootstrap_weighs_groups_by_their_counts():
-  # Draws are 0/18, 1/10 or 2/2.
-  sums, counts = np.array([0.0, 1.0]), np.array([9.0, 1.0])
-  rng = np.random.default_rng(3)
-  index = rng.integers(2, size=(100, 2))
-  expected = np.quantile(
-    sums[index].sum(axis=1) / counts[index].sum(axis=1), [0.025, 0.975]
-  )
-  found = intervals.bootstrap(sums, counts, seed=3, num_resamples=100)
-  assert found == pytest.approx(tuple(expected))
-
-
-def test_bootstrap_is_of_its_seed_and_one_group_says_nothing():
-  values, ones = np.linspace(0, 1, 30) ** 3, np.ones(30)
-  first = intervals.bootstrap(values, ones, seed=0)
-  assert first == intervals.bootstrap(values, ones, seed=0)
-  assert first != intervals.bootstrap(values, ones, seed=1)
-  assert intervals.bootstrap(values[:1], ones[:1], seed=0) == (0, 1)
-
-
-def test_blocks_of_draws_change_nothing(monkeypatch):
-  values, ones = np.linspace(0, 1, 30) ** 3, np.ones(30)
-  whole = intervals.bootstrap(values, ones, seed=0, num_resamples=101)
-  monkeypatch.setattr(intervals, "_BLOCK", 70)
-  parts = intervals.bootstrap(values, ones, seed=0, num_resamples=101)
-  assert parts == pytest.approx(whole)
-
-
-def test_a_share_of_wins_has_wilsons_interval():
-  found = intervals.share([1, 0, 1, 1], list("abcd"), by_group=True, seed=0)
-  low, high = intervals.wilson(3, 4)
-  expected = {"share": 0.75, "low": low, "high": high, "interval": "wilson"}
-  assert found == expected
+  Args:
+    num_prompts: of one estimate.
+    num_samples: comparisons of each.
+    rate: the true share of wins at prompts that are not bad.
+    bad: share of the prompts that are always lost.
+    ties: share of ties.
+  """
+  rng = np.random.default_rng(0)
+  shape = (1_000, num_prompts, num_samples)
+  rates = np.where(rng.random(shape[:2]) < bad, 0, rate)[..., None]
+  values = (rng.random(shape) < rates).astype(float)
+  values[rng.random(shape) < ties] = 0.5
+  groups = np.repeat(np.arange(num_prompts), num_samples).tolist()
+  truth = rate * (1 - bad) * (1 - ties) + ties / 2
+  found = [_share(row.ravel().tolist(), groups) for row in values]
+  return np.mean([x["low"] <= truth <= x["high"] for x in found])
 
 
 @pytest.mark.parametrize(
-  ("values", "groups"), [([1, 0.5, 0], "abc"), ([1, 0, 0], "aab")]
+  ("num_prompts", "num_samples", "rate", "spread"),
+  [
+    (10, 1, 0.965, {}),
+    (10, 1, 0.965, {"ties": 0.1}),
+    (10, 16, 0.965, {}),
+    # The true rate is 0.965, and 4 of 5 estimates know of no bad prompt.
+    (10, 64, 0.985, {"bad": 0.02}),
+    (20, 2, 0.02, {}),
+    (40, 4, 0.9, {"bad": 0.1, "ties": 0.2}),
+  ],
 )
-def test_ties_and_repeated_prompts_are_bootstrapped(values, groups):
-  found = intervals.share(values, list(groups), by_group=True, seed=0)
-  assert found["interval"] == "bootstrap"
-  assert found["low"] <= found["share"] <= found["high"]
+def test_intervals_hold_the_true_rate_95_times_of_100(
+  num_prompts, num_samples, rate, spread
+):
+  # The binomial's steps and 1,000 draws leave a share of 95% within 0.02.
+  assert _coverage(num_prompts, num_samples, rate, **spread) > 0.93
 
 
-def test_groups_that_are_all_alike_are_as_many_trials():
+def test_a_share_of_wins_has_wilsons_interval():
+  found = _share([1, 0, 1, 1], "abcd")
+  assert found["share"] == 0.75
+  assert found["effective_size"] == pytest.approx(4)
+  expected = pytest.approx(intervals.wilson(0.75, 4))
+  assert (found["low"], found["high"]) == expected
+
+
+def test_samples_of_a_prompt_count_by_how_much_they_differ():
+  size = lambda values: _share(values, np.repeat(np.arange(40), 2).tolist())[
+    "effective_size"
+  ]
+  assert size(np.repeat([1, 0], 40).tolist()) == pytest.approx(40)
+  # Every prompt won once of two: only the wins and losses that are added vary.
+  z2 = intervals.Z**2
+  assert size([1, 0] * 40) == pytest.approx(40 * (40 + z2) / z2)
+
+
+def test_ties_vary_less_than_wins_and_losses():
+  few, many = (
+    _share([1, 0] * 10 + [0.5] * num_ties, range(20 + num_ties))
+    for num_ties in (0, 40)
+  )
+  z2 = intervals.Z**2
+  expected = 60 * (60 + z2) / (20 + z2)
+  assert few["effective_size"] == pytest.approx(20)
+  assert many["effective_size"] == pytest.approx(expected)
+
+
+def test_groups_that_are_all_won_are_as_many_trials():
   for value in (0.0, 1.0):
-    found = intervals.share([value] * 6, list("aabbcc"), by_group=False, seed=0)
-    expected = intervals.wilson(3 * int(value), 3)
-    assert (found["low"], found["high"]) == expected
+    found = _share([value] * 6, "aabbcc", by_group=False)
+    expected = intervals.wilson(value, 3)
+    assert (found["low"], found["high"]) == pytest.approx(expected)
+
+
+def test_one_group_says_little_of_others():
+  found = _share([1, 0, 1, 1], "aaaa")
+  assert found["effective_size"] < 1.5 and found["low"] < 0.2
+
+
+def test_swapping_wins_and_losses_mirrors_a_share():
+  values, groups = [1, 1, 0.5, 0, 1, 1, 1], "aabbccd"
+  one, other = (
+    _share(x, groups, by_group=False) for x in (values, [1 - x for x in values])
+  )
+  assert other["low"] == pytest.approx(1 - one["high"])
+  assert other["high"] == pytest.approx(1 - one["low"])
 
 
 def test_groups_count_the_same_or_by_their_values():
-  values, groups = [1, 1, 1, 0], list("aaab")
-  mean = lambda by_group: intervals.share(
-    values, groups, by_group=by_group, seed=0
-  )["share"]
+  mean = lambda by_group: _share([1, 1, 1, 0], "aaab", by_group)["share"]
   assert mean(True) == 0.5 and mean(False) == 0.75
 
 
 def test_no_values_have_no_share():
-  assert set(intervals.share([], [], by_group=True, seed=0).values()) == {None}
+  assert set(intervals.share([], [], by_group=True).values()) == {None}
 
 
 def test_kappa_by_hand():

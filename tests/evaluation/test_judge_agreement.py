@@ -38,7 +38,7 @@ def _summary(tmp_path, labels):
   rows = _rows(tmp_path, labels)
   comparisons = [row.comparison for row in rows]
   decisions = judges.decide(OBEY, comparisons, order="both", seed=0)
-  return judge_agreement.summarise(rows, decisions, 0)
+  return judge_agreement.summarise(rows, decisions)
 
 
 def test_agreement_by_hand(tmp_path):
@@ -57,7 +57,7 @@ def test_agreement_by_hand(tmp_path):
   assert [found[x] for x in counts] == [6, 1, 1, 2]
   assert found["majority_ties"] == 1
   assert found["ties_in"]["share"] == 0.5 and found["ties_in"]["num_rows"] == 4
-  low, high = intervals.wilson(2, 4)
+  low, high = intervals.wilson(0.5, 4)
   assert (found["ties_in"]["low"], found["ties_in"]["high"]) == (low, high)
   # Labels first, second, second, tie; judge first, first, tie, tie.
   assert found["ties_in"]["kappa"] == pytest.approx((0.5 - 0.25) / 0.75)
@@ -79,7 +79,7 @@ def test_a_judge_of_positions_is_half_right(tmp_path):
   always = Judge("first", lambda asked: [Verdict("first", "") for _ in asked])
   comparisons = [row.comparison for row in rows]
   decisions = judges.decide(always, comparisons, order="both", seed=0)
-  found = judge_agreement.summarise(rows, decisions, 0)
+  found = judge_agreement.summarise(rows, decisions)
   assert found["ties_in"]["share"] == 0 and found["ties_half"]["share"] == 0.5
   assert found["ties_out"]["share"] is None and found["first_share"] == 1
   # One annotator has nobody to agree with.

@@ -21,7 +21,7 @@ def test_length_prefers_the_longer():
 def test_a_reward_model_is_loaded_from_its_folder(monkeypatch):
   def load(path):
     assert path == "runs/reward:1"
-    return lambda prompts, responses: np.array([-len(x) for x in responses])
+    return lambda _, texts, ended: np.array([-len(x) for x in texts])
 
   learned = types.ModuleType("dpo_jax.rewards.learned")
   learned.load = load
@@ -60,6 +60,9 @@ def test_an_endpoint_is_asked_as_told(monkeypatch, tmp_path):
   assert "precise and concise" in request["messages"][0]["content"]
   assert len(server.requests) == 3 and (tmp_path / "answers.sqlite").exists()
   assert judge.usage()["cost"] == pytest.approx(3 * 100 * 10 / 1e6)
+  assert not judge.assumes_dialogue
+  cache = tmp_path / "answers.sqlite"
+  assert judge_kinds.make_judge("endpoint:m", cache=cache).assumes_dialogue
 
 
 @pytest.mark.parametrize(

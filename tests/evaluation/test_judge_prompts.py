@@ -68,6 +68,21 @@ def test_the_answer_asked_for_is_the_answer_read(template):
   assert template.format in template.reminder
 
 
+@pytest.mark.parametrize(
+  "prompt, asks",
+  [
+    ("POST: I burnt the rice.\n\nTL;DR:", True),
+    ("An article.\nTLDR", True),
+    ("An article.\n\nSummary: ", True),
+    ("What does TL;DR: mean?", False),
+    ("Write a poem", False),
+    ("", False),
+  ],
+)
+def test_a_prompt_that_a_summary_follows_is_known(prompt, asks):
+  assert judge_prompts.asks_summary(prompt) == asks
+
+
 def test_an_unknown_prompt_is_refused():
   with pytest.raises(
     ValueError, match="unknown judge prompt 'tldr'; known: su"

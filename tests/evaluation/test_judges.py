@@ -36,7 +36,8 @@ def test_the_higher_score_wins_and_equal_ones_tie():
 def test_a_reward_model_scores_each_prompt_and_response_once():
   asked = []
 
-  def score_fn(prompts, responses):
+  def score_fn(prompts, responses, ended):
+    assert all(ended)
     asked.append(list(zip(prompts, responses, strict=True)))
     return np.array([-len(x) for x in responses], np.float32)
 
@@ -46,9 +47,23 @@ def test_a_reward_model_scores_each_prompt_and_response_once():
   assert asked == [expected]
 
 
+def test_a_score_knows_which_response_ended_in_both_orders():
+  def score_fn(prompts, responses, ended):
+    return np.array(ended, np.float32)
+
+  judge = judges.score_judge("whole", score_fn)
+  cut = Comparison("p", "one two", "one", False, True)
+  for order in judges.ORDERS:
+    (decision,) = judges.decide(judge, [cut], order=order, seed=0)
+    assert decision.preferred == judges.SECOND
+  # The same text, once whole and once cut, has two scores.
+  both = [Comparison("p", "x", "y"), Comparison("p", "x", "y", False)]
+  assert _preferences(judge, both) == ["tie", "second"]
+
+
 @pytest.mark.parametrize("scores", [[0.0, np.nan], [1.0], [[1.0, 2.0]]])
 def test_scores_that_say_nothing_are_refused(scores):
-  judge = judges.score_judge("broken", lambda *_: np.array(scores))
+  judge = judges.score_judge("broken", lambda *_, ended: np.array(scores))
   with pytest.raises(
     ValueError, match="judge 'broken': 2 responses have score"
   ):

@@ -34,13 +34,18 @@ def test_nothing_is_said_past_the_last_dot():
 
 
 def test_the_table_says_at_least_where_the_best_is_not_known():
-  rewards = np.array([[0.0, 1.0], [0.25, 0.75]])
+  # Of another mean than the reference's own dot.
+  rewards = np.random.default_rng(0).uniform(0, 0.96, size=(50, 64))
   limit = frontier.optimal_frontier(rewards, np.geomspace(0.01, 100, 200))
   points = [START, _point(0.2, 0.6), _point(4.0, 0.75)]
   table = matched_kl.compare(points, limit, [0.2, 4.0, 9.0], max_reward=1.0)
   *_, dpo, best = table.splitlines()
-  share = 0.1 / (limit.reward_at(0.2) - 0.5)
+  start = rewards.mean()
+  share = (0.6 - start) / (limit.reward_at(0.2) - start)
+  bound = (0.75 - start) / (1 - start)
+  assert f"{bound:.0%}" != "50%"
   assert dpo == f"| DPO | 0.600 +- 0.020, {share:.0%} |" + (
-    " 0.750 +- 0.020, at least 50% | - |"
+    f" 0.750 +- 0.020, at least {bound:.0%} | - |"
   )
+  assert best.startswith("| best possible, at least | ")
   assert best.count("at most 1") == 2

@@ -5,13 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from dpo_jax.evaluation import preference_report
+from dpo_jax.evaluation import intervals, preference_report
 from dpo_jax.evaluation.preference_report import Pair
 
 
-def _pair(margin, row=1, subset=""):
+def _pair(margin, row=1, subset="", prompt=None):
   """Returns a pair whose chosen response alone moved."""
-  return Pair("a.jsonl", row, subset, (margin - 3, -4), (-3, -4), (5, 6))
+  logps = (margin - 3, -4), (-3, -4)
+  return Pair("a.jsonl", row, subset, *logps, (5, 6), prompt or str(row))
 
 
 def test_calibration_by_hand():
@@ -37,14 +38,25 @@ def test_sure_and_wrong_is_the_worst_calibration():
 
 
 def test_a_margin_of_0_is_not_right():
-  found = preference_report.summarise("all", [_pair(0), _pair(1)], beta=0.1)
+  pairs = [_pair(0, 1), _pair(1, 2)]
+  found = preference_report.summarise("all", pairs, beta=0.1)
   assert found["accuracy"] == 0.5
-  assert found["accuracy_stderr"] == pytest.approx(np.sqrt(0.25 / 2))
+
+
+def test_the_accuracys_interval_is_over_prompts():
+  def ends(pairs):
+    found = preference_report.summarise("all", pairs, beta=0.1)
+    return found["accuracy_low"], found["accuracy_high"]
+
+  pairs = [_pair(1, row) for row in range(8)]
+  assert ends(pairs) == pytest.approx(intervals.wilson(1, 8))
+  pairs = [_pair(1, row, prompt=str(row // 4)) for row in range(8)]
+  assert ends(pairs) == pytest.approx(intervals.wilson(1, 2))
 
 
 def test_swapping_responses_negates_the_margin():
-  pair = Pair("a", 1, "", (-1, -2), (-4, -3), (5, 6))
-  swapped = Pair("a", 1, "", (-2, -1), (-3, -4), (6, 5))
+  pair = Pair("a", 1, "", (-1, -2), (-4, -3), (5, 6), "x")
+  swapped = Pair("a", 1, "", (-2, -1), (-3, -4), (6, 5), "x")
   assert pair.margin == -swapped.margin == 2
   assert pair.logratios == swapped.logratios[::-1] == (3, 1)
 

@@ -38,7 +38,7 @@ def _cells(tmp_path, policy, baseline, judge=JUDGE, order="both"):
   against = win_rate.read_responses(_write(tmp_path / "base.jsonl", baseline))
   matches = win_rate.match(responses, against)
   decisions = win_rate.compare(judge, matches, order=order, seed=0)
-  return win_rate.summarise(matches, decisions, seed=0)
+  return win_rate.summarise(matches, decisions)
 
 
 BASELINE = [_row(prompt, "fine") for prompt in "abcd"]
@@ -50,17 +50,50 @@ def test_wins_and_losses_have_wilsons_interval(tmp_path, order):
   baseline = [*BASELINE[:2], _row("c", "good good")]
   (cell,) = _cells(tmp_path, policy, baseline, order=order)
   assert (cell.wins, cell.ties, cell.losses, cell.unparsed) == (2, 0, 1, 0)
-  assert cell.win_rate == pytest.approx(2 / 3) and cell.interval == "wilson"
-  assert (cell.low, cell.high) == intervals.wilson(2, 3)
+  assert cell.win_rate == pytest.approx(2 / 3)
+  assert (cell.low, cell.high) == pytest.approx(intervals.wilson(2 / 3, 3))
   assert (cell.method, cell.temperature) == ("dpo", None)
   assert cell.consistency == (1 if order == "both" else None)
+
+
+def test_a_judge_is_told_which_responses_were_cut(tmp_path):
+  shown = []
+
+  def compare(comparisons):
+    shown.extend(comparisons)
+    return _by_words(comparisons)
+
+  policy = [_row("a", "good", ended=False), _row("b", "good", ended=True)]
+  baseline = [
+    {"prompt": "a", "chosen": "x", "rejected": "y", "chosen_ended": True},
+    {"prompt": "b", "chosen": "x", "rejected": "y", "chosen_ended": False},
+  ]
+  _cells(tmp_path, policy, baseline, Judge("words", compare))
+  ended = [(x.first_ended, x.second_ended) for x in shown]
+  assert ended == [(False, True), (True, False), (True, False), (False, True)]
+
+
+def test_summaries_are_not_judged_as_dialogue_unless_it_is_asked(tmp_path):
+  prompts = ["Is TL;DR: a word?", "POST: I burnt the rice.\n\nTL;DR:"]
+  rows = [[_row(x, text) for x in prompts] for text in ("good", "fine")]
+  asked = []
+  judge = Judge("words", lambda x: asked.extend(x) or _by_words(x))
+  message = (
+    "dpo.jsonl, line 2: the prompt, which ends 'nt the rice.*TL;DR:', asks"
+  )
+  with pytest.raises(ValueError, match=message):
+    unnamed = dataclasses.replace(judge, assumes_dialogue=True)
+    _cells(tmp_path, *rows, judge=unnamed)
+  assert not asked
+  (cell,) = _cells(tmp_path, *rows, judge=judge)
+  assert cell.wins == 2
 
 
 def test_a_tie_is_half_a_win(tmp_path):
   policy = [_row("a", "good"), _row("b", "fine"), _row("c", "fine")]
   (cell,) = _cells(tmp_path, policy, BASELINE)
   assert (cell.wins, cell.ties, cell.losses) == (1, 2, 0)
-  assert cell.win_rate == pytest.approx(2 / 3) and cell.interval == "bootstrap"
+  assert cell.win_rate == pytest.approx(2 / 3) and cell.effective_size > 3
 
 
 def test_prompts_count_the_same_however_often_they_were_sampled(tmp_path):
@@ -69,7 +102,7 @@ def test_prompts_count_the_same_however_often_they_were_sampled(tmp_path):
   (cell,) = _cells(tmp_path, policy, baseline)
   assert cell.win_rate == 0.5 and (cell.wins, cell.losses) == (3, 1)
   assert (cell.num_prompts, cell.num_comparisons) == (2, 4)
-  assert cell.interval == "bootstrap"
+  assert cell.effective_size == pytest.approx(2)
 
 
 def test_unparsed_comparisons_are_counted_and_left_out(tmp_path):

@@ -4,14 +4,14 @@ Run where TRL is installed, from the repository's root:
 
   python tests/golden/make_trl_losses.py
 
-CPO, SimPO and ORPO: the trainers' own `get_batch_loss_metrics` runs in float64
-on a model whose logits over two tokens are log p and log(1 - p), so that the
-log-probability of each token, token 0, is a leaf. Prompts have one token,
-which is never predicted: TRL's ORPO then has the likelihood of responses
+CPO, SimPO, AlphaPO and ORPO: the trainers' own `get_batch_loss_metrics` runs in
+float64 on a model whose logits over two tokens are log p and log(1 - p), so
+that the log-probability of each token, token 0, is a leaf. Prompts have one
+token, which is never predicted: TRL's ORPO then has the likelihood of responses
 alone. Where a case has `prompt_nll`, they have `PROMPT_LENGTHS` tokens.
 
-KTO: the trainer's own `_compute_loss` runs in float64 on models that return
-the log-probabilities of completions as they are.
+KTO and APO's unpaired loss: the trainer's own `_compute_loss` runs in float64
+on models that return the log-probabilities of completions as they are.
 """
 
 import collections
@@ -19,6 +19,7 @@ import contextlib
 import json
 import pathlib
 import types
+from unittest import mock
 
 import numpy as np
 import torch
@@ -42,6 +43,8 @@ CASES = [
   dict(name="orpo", lambda_=0.1),
   dict(name="orpo", lambda_=1.0),
   dict(name="orpo", lambda_=0.3, prompt_nll=True),
+  dict(name="alpha_po", beta=2.0, gamma=1.0, alpha=0.25),
+  dict(name="alpha_po", beta=2.5, gamma=0.5, alpha=-0.5),
 ]
 
 KTO_CASES = [
@@ -49,6 +52,18 @@ KTO_CASES = [
   dict(beta=0.5, desirable_weight=1.33, undesirable_weight=0.7),
   # Mismatched log-ratios below 0, where the estimate stops.
   dict(beta=0.3, desirable_weight=1.0, undesirable_weight=2.0, shift=-9.0),
+  dict(
+    name="apo_zero_unpaired",
+    beta=0.1,
+    desirable_weight=1.0,
+    undesirable_weight=1.0,
+  ),
+  dict(
+    name="apo_zero_unpaired",
+    beta=0.5,
+    desirable_weight=1.33,
+    undesirable_weight=0.7,
+  ),
 ]
 
 
@@ -64,10 +79,11 @@ def make_trainer(case):
   if case["name"] == "orpo":
     trainer.beta = case["lambda_"]
     return trainer
-  trainer.beta, trainer.alpha = case["beta"], 0.0
-  trainer.loss_type = "simpo" if case["name"] == "simpo" else "sigmoid"
+  is_cpo, alpha = case["name"] == "cpo", case.get("alpha", 0.0)
+  trainer.beta, trainer.alpha = case["beta"], 0.0 if is_cpo else alpha
+  trainer.loss_type = "sigmoid" if is_cpo else "simpo"
   trainer.simpo_gamma = case.get("gamma")
-  trainer.cpo_alpha = case.get("alpha", 0.0)
+  trainer.cpo_alpha = alpha if is_cpo else 0.0
   trainer.label_smoothing = case.get("label_smoothing", 0.0)
   return trainer
 
@@ -143,10 +159,11 @@ def evaluate_kto(case, policy, reference, labels):
   The columns are the completion and the mismatched one.
   """
   leaf = torch.tensor(policy, requires_grad=True)
+  name = case.get("name", "kto")
 
   def make_model(sums):
-    # The first call is for mismatched completions, the second for others.
-    columns = iter((1, 0))
+    # The first call is for mismatched completions, if any, the last for others.
+    columns = iter((1, 0) if name == "kto" else (0,))
 
     def model(*args, labels, **kwargs):
       logps = sums[:, next(columns)][:, None]
@@ -165,8 +182,8 @@ def evaluate_kto(case, policy, reference, labels):
   model = make_model(leaf)
   trainer.model = model
   trainer.args = types.SimpleNamespace(gradient_checkpointing_kwargs=None)
-  trainer.calculate_KL, trainer.precompute_ref_logps = True, False
-  trainer.aux_loss_enabled, trainer.loss_type = False, "kto"
+  trainer.calculate_KL, trainer.precompute_ref_logps = name == "kto", False
+  trainer.aux_loss_enabled, trainer.loss_type = False, name
   trainer.beta = case["beta"]
   trainer.desirable_weight = case["desirable_weight"]
   trainer.undesirable_weight = case["undesirable_weight"]
@@ -181,21 +198,19 @@ def evaluate_kto(case, policy, reference, labels):
     batch[f"{prefix}input_ids"] = ids
     batch[f"{prefix}attention_mask"] = torch.ones_like(ids)
     batch[f"{prefix}completion_mask"] = mask
-  disable = kto_trainer.disable_gradient_checkpointing
-  kto_trainer.disable_gradient_checkpointing = lambda *args: (
-    contextlib.nullcontext()
-  )
-  try:
+  with mock.patch.multiple(
+    kto_trainer,
+    disable_gradient_checkpointing=lambda *args: contextlib.nullcontext(),
+    is_peft_model=lambda model: False,
+  ):
     loss = trainer._compute_loss(model, batch, return_outputs=False)
-  finally:
-    kto_trainer.disable_gradient_checkpointing = disable
   loss.backward()
   assert loss.dtype == torch.float64
   return loss.item(), metrics["kl"][0], leaf.grad.numpy()
 
 
 def make_kto(rng):
-  """Returns the golden numbers of KTO."""
+  """Returns the golden numbers of KTO, and of APO where a case names it."""
   labels = [True, False, False, True, True, False, True]
   policy, reference = -rng.uniform(5, 9, (2, len(labels), 2))
   cases = []

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import pathlib
 
 import jax
@@ -76,7 +77,9 @@ def _objective(case):
     {key: options[key] for key in keys},
     f_divergence=OUR_DIVERGENCES.get(divergence, divergence),
     ld_alpha=case.get("ld_alpha", 1.0),
+    # TRL 1.16 leaves WPO's weights unbounded.
     wpo=case.get("use_weighting", False),
+    wpo_max_weight=math.inf if case.get("use_weighting") else 1.0,
   )
 
 

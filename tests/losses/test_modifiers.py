@@ -129,6 +129,26 @@ def test_wpo_weight_by_hand_and_without_gradient():
   )
 
 
+def test_wpo_weights_stop_at_their_bound():
+  # Products of the weights of chosen and rejected: 1/2, 1 and 8.
+  log_weights = jnp.log(jnp.array([0.5, 1.0, 8.0]))
+  pairs = make_pairs((2.0, 1.0, 2.0), (-1.0, 0.5, -1.0))
+  plain = preference.dpo(pairs, beta=0.3)
+  for options, weights in (
+    ({}, [0.5, 1, 1]),
+    ({"wpo_max_weight": 2.0}, [0.5, 1, 2]),
+    ({"wpo_max_weight": math.inf}, [0.5, 1, 8]),
+  ):
+    objective = objectives.make_objective(
+      "dpo", {"beta": 0.3}, wpo=True, **options
+    )
+    np.testing.assert_allclose(
+      objective.per_pair(pairs, log_weights),
+      plain * jnp.array(weights),
+      rtol=1e-6,
+    )
+
+
 def test_pairs_that_are_not_in_these_rows_have_wpo_weight_one():
   tokens = logprobs.TokenLogps(
     jnp.asarray(RESPONSE, jnp.float32), log_sum_squares=jnp.zeros((2, 5))

@@ -141,7 +141,7 @@ def _line(name, values, **modifiers):
 
 def test_an_unknown_loss_is_refused_with_the_nearest():
   message = _line("dpoo", {})
-  assert message.startswith("unknown loss 'dpoo'; known: aot, ")
+  assert message.startswith("unknown loss 'dpoo'; known: alpha_po, ")
   assert message.endswith("did you mean 'dpo'?")
 
 
@@ -261,7 +261,7 @@ def test_the_table_of_what_is_honoured():
   assert honouring("sft_weight") == set(NAMES) - likelihoods - scores
   assert honouring("prompt_nll") == {"sft", "preferred_ft", "orpo"}
   # These need two responses behind one prompt.
-  others = {"kto", "bco", "plackett_luce"}
+  others = {"kto", "bco", "apo_zero_unpaired", "plackett_luce"}
   of_pairs = set(NAMES) - likelihoods - scores - others
   assert honouring("ld_alpha") == of_pairs
   assert honouring("wpo") == of_pairs - {"aot", "aot_unpaired"}
@@ -288,6 +288,9 @@ def test_the_table_of_what_is_honoured():
     (dict(ld_alpha=-0.1), "loss.ld_alpha=-0.1: must be in [0, 1]"),
     (dict(sft_weight=-1), "loss.sft_weight=-1: must be at least 0"),
     (dict(sft_weight=math.inf), "loss.sft_weight=inf: must be finite"),
+    (dict(wpo=True, wpo_max_weight=0), "loss.wpo_max_weight=0: must be abo"),
+    (dict(wpo=True, wpo_max_weight=math.nan), "loss.wpo_max_weight=nan: mus"),
+    (dict(wpo_max_weight=2), "loss.wpo_max_weight=2: only with loss.wpo=Tr"),
     (dict(sft_weight=1, ld_alpha=0.5), "loss.sft_weight=1: must be 0 where"),
   ],
 )

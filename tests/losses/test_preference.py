@@ -23,6 +23,8 @@ HYPERPARAMETERS = dict(
   gamma=0.5,
   delta=3.5,
   lambda_=0.7,
+  eta=0.2,
+  shift=0.75,
   r_max=5.0,
   momentum=0.5,
   desirable_weight=1.5,
@@ -121,17 +123,28 @@ BY_HAND = {
   "rdpo": -ls(0.9 - 0.4 * 2),
   "dpop": -ls(0.9),
   "odpo": -ls(0.9 - 0.4 * math.log(2)),
+  "dpo_shift": -ls(0.6 + 0.75 * 0.3),
+  "rpo_sq": (0.9 - 0.4) ** 2,
+  "rpo_bwd_kl": s(0.4) * math.log(s(0.4) / s(0.9))
+  + s(-0.4) * math.log(s(-0.4) / s(-0.9)),
+  "rebel": (3 - 0.4) ** 2,
   "cal_dpo": -ls(3) + (2 - 1 / 0.6) ** 2 + (-1 + 1 / 0.6) ** 2,
   "chi_po": -ls(0.3 * (math.exp(2) + 2 - math.exp(-1) + 1)),
   "beta_dpo": -ls(0.9 * (1 + 0.4 * 0.9)),
   "bco": (-1.5 * ls(0.6 - 0.15) - 0.5 * ls(0.15 + 0.3)) / 2,
   "kto": (1.5 * s(-0.45) + 0.5 * s(-0.45)) / 2,
+  "apo_zero_unpaired": (1.5 * s(-0.6) + 0.5 * s(-0.3)) / 2,
   "plackett_luce": -ls(0.9),
   "sft": 4,
   "sft_sum": 8,
   "preferred_ft": 4,
   "unlikelihood": 8 + 0.4 * -11,
   "simpo": -0.8 * ls(-0.3 * 1.25 - 0.5) - 0.2 * ls(0.3 * 1.25 + 0.5),
+  "alpha_po": -ls(
+    0.3 * ((1 - math.exp(1.6)) / 0.4 - (1 - math.exp(1.1)) / 0.4) - 0.5
+  ),
+  "simper": math.exp(-2.75) - math.exp(-4),
+  "repo": 0.5 + 1.25,
   "orpo": 4 - 0.7 * ls(log_odds(-4) - log_odds(-2.75)),
   "cpo": -ls(0.9) + 0.4 * 4,
   "slic": 3.5 - 3 + 0.7 * 4,
@@ -161,6 +174,8 @@ AT_REFERENCE = {
   "beta_dpo": LOG2,
   "bco": LOG2,
   "kto": 0.5,
+  "dpo_shift": LOG2,
+  "apo_zero_unpaired": 0.5,
   "plackett_luce": LOG2,
 }
 
@@ -168,7 +183,8 @@ AT_REFERENCE = {
 def test_every_loss_has_a_value_by_hand():
   assert set(BY_HAND) == set(NAMES)
   # These look at lengths and scores as well: they have tests of their own.
-  assert set(AT_REFERENCE) == set(WITH_REFERENCE) - {"rdpo", "odpo"}
+  others = {"rdpo", "odpo", "rpo_sq", "rpo_bwd_kl", "rebel"}
+  assert set(AT_REFERENCE) == set(WITH_REFERENCE) - others
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -373,15 +389,29 @@ def test_rdpo_reads_rewards_off_the_best_policy_under_a_price_on_length():
   np.testing.assert_allclose(losses, [-ls(3), -ls(-1.5), -ls(-1.5)], rtol=1e-5)
 
 
-def test_odpo_wants_a_margin_that_rises_with_the_score_difference():
-  pairs = dataclasses.replace(
-    pairs_of([2.0, 2.0, 2.0], [0.0, 0.0, 0.0]),
-    score_gaps=jnp.array([1.0, math.e, math.exp(-1)]),
-  )
-  losses = preference.odpo(pairs, beta=0.3, alpha=0.5)
-  np.testing.assert_allclose(losses, [-ls(0.6), -ls(0.1), -ls(1.1)], rtol=1e-5)
+def test_discopop_begins_on_the_wrong_side_of_a_hill():
+  slope = lambda z, tau: jax.grad(
+    lambda u: preference.discopop(
+      dataclasses.replace(pairs_of([0.0], [0.0]), policy_chosen=u[None]),
+      beta=1.0,
+      tau=tau,
+    )[0]
+  )(jnp.asarray(z))
+  # As its docstring says: from the reference, first the wrong way.
+  for z, sign in ((-0.12, -1), (-0.118, 1), (0.0, 1), (0.071, 1), (0.073, -1)):
+    assert jnp.sign(slope(z, 0.05)) == sign
+  assert slope(0.0, 0.101) > 0 > slope(0.0, 0.104)
+
+
+def test_dpo_shift_weighs_the_rejected_less():
+  pairs = make_pairs()
+  half = lambda p: preference.dpo_shift(p, beta=0.3, shift=0.5)
+  grads = jax.grad(lambda p: half(p).sum())(pairs)
   np.testing.assert_allclose(
-    preference.odpo(pairs, beta=0.3, alpha=0.0),
+    grads.policy_rejected, -grads.policy_chosen / 2, rtol=1e-6
+  )
+  np.testing.assert_allclose(
+    preference.dpo_shift(pairs, beta=0.3, shift=1.0),
     preference.dpo(pairs, beta=0.3),
     rtol=1e-6,
   )

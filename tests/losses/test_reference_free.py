@@ -91,6 +91,43 @@ def test_simpo_gamma_is_the_margin_at_which_a_pair_is_undecided():
     np.testing.assert_allclose(losses, [math.log(2)], rtol=1e-6)
 
 
+def test_alpha_po_bends_the_reward_of_simpo():
+  pairs = pairs_of([-1.0, -0.2], [-1.5, -3.0], 3.0)
+  of = lambda alpha: reference_free.alpha_po(
+    pairs, beta=2.0, gamma=1.0, alpha=alpha
+  )
+  simpo = reference_free.simpo(pairs, beta=2.0, gamma=1.0, label_smoothing=0.0)
+  for alpha in (0.0, 1e-7, -1e-7):
+    np.testing.assert_allclose(of(alpha), simpo, rtol=1e-5)
+  # At alpha 1 the reward is 1 - 1 / p, at -1 it is p - 1.
+  for alpha, chosen, rejected in (
+    (1.0, -math.exp(1.0), -math.exp(1.5)),
+    (-1.0, math.exp(-1.0), math.exp(-1.5)),
+  ):
+    expected = math.log1p(math.exp(1 - 2 * (chosen - rejected)))
+    np.testing.assert_allclose(of(alpha)[0], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [-3.0, 0.0, 0.25, 3.0])
+@pytest.mark.parametrize("mean", [-1e4, -90.0, -1e-3, 0.0])
+def test_alpha_po_and_simper_are_finite_at_any_likelihood(mean, alpha):
+  for loss in (
+    lambda p: reference_free.alpha_po(p, beta=2.0, gamma=1.0, alpha=alpha),
+    reference_free.simper,
+  ):
+    pairs = pairs_of([mean, -1.0], [-1.0, mean], 3.0)
+    value, grads = jax.value_and_grad(lambda p, f=loss: f(p).sum())(pairs)
+    assert jnp.isfinite(value) and jnp.isfinite(grads.policy_chosen).all()
+
+
+def test_repo_leaves_a_pair_alone_whose_margin_is_gamma():
+  pairs = pairs_of([-1.0, -1.0], [-1.6, -1.2], 4.0)
+  losses = reference_free.repo(pairs, gamma=0.5)
+  np.testing.assert_allclose(losses, [0, 0.3], rtol=1e-6)
+  grads = jax.grad(lambda p: reference_free.repo(p, gamma=0.5).sum())(pairs)
+  np.testing.assert_array_equal(grads.policy_chosen, [0, -0.25])
+
+
 def test_cpo_and_slic_see_sums_and_a_mean_of_tokens():
   pairs = pairs_of([-1.0, -2.0], [-1.5, -1.0], 4.0)
   np.testing.assert_allclose(

@@ -171,7 +171,7 @@ def test_greedy_text_is_that_of_transformers(case, folders):
     make_families.token_lists()[0],
     decode.Settings(make_families.NEW_TOKENS, temperature=0.0),
     seed=0,
-    eos_id=-1,
+    stop_ids=(),
     batch_rows=4,
   )
   responses = [sample.tokens for (sample,) in found]

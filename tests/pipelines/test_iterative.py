@@ -85,7 +85,14 @@ def test_pairs_obey_the_reward(folder):
       by_prompt.setdefault(row["prompt"], []).append(row)
     pairs = _rows(folder / f"rounds/pairs_{number}.jsonl")
     assert 4 <= len(pairs) <= 12 == len(by_prompt)
+    for row in samples:
+      assert row["ended"] or row["num_tokens"] == 12
+    assert {row["ended"] for row in samples} == {True, False}
     for pair in pairs:
+      for name in ("chosen", "rejected"):
+        ended = (pair[name], pair[f"{name}_ended"])
+        same = by_prompt[pair["prompt"]]
+        assert ended in [(row["response"], row["ended"]) for row in same]
       chosen, rejected = (
         synthetic.true_reward(pair["prompt"] + pair[name])
         for name in ("chosen", "rejected")
@@ -146,6 +153,22 @@ def test_what_is_done_is_not_done_again(folder, tmp_path, monkeypatch):
   lost.unlink()
   assert run(1)
   assert lost.read_bytes() == before
+
+
+def test_the_kl_is_of_what_is_sampled(folder, tmp_path, capsys):
+  # At low temperatures one response holds all probability, so that its KL is
+  # its surprise under the first policy, which is the policy itself here.
+  sampling = decode.Settings(6, temperature=1e-4)
+  settings = _settings(folder, sampling=sampling, min_margin=1)
+  rounds = str(tmp_path / "rounds")
+  with pytest.raises(ValueError, match="round 1: no pair of samples"):
+    iterative.run(_config(folder), rounds, settings, rounds=1)
+  rows = _rows(tmp_path / "rounds/samples_1.jsonl")
+  surprise = sum(-row["reference_logp"] for row in rows) / len(rows)
+  (line,) = _rows(tmp_path / "rounds/rounds.jsonl")
+  assert surprise > 1 and line["kl"] == pytest.approx(surprise, abs=1e-2)
+  head, *_ = iterative.table([line], sampling).splitlines()
+  assert "KL at temperature 0.0001, top_p 1 to the first, nats" in head
 
 
 def test_the_first_policy_can_be_the_reference(folder, tmp_path, monkeypatch):

@@ -34,7 +34,8 @@ def shrunk(get_config):
       config.model.preset = "tiny"
     config.steps, config.batch_size, config.microbatch_rows = 2, 8, 8
     config.data.max_length, config.data.max_prompt_length = 128, 96
-    config.ppo.max_new_tokens = SCALE.max_new_tokens
+    if config.loss.name == "ppo":
+      config.ppo.max_new_tokens = SCALE.max_new_tokens
     if config.checkpoint.every:
       config.checkpoint.every = config.eval.every = 1
     return config
@@ -164,12 +165,18 @@ def test_pairs_of_summaries_are_the_authors_against_samples(tmp_path):
   for part, kept in (("train", rows), ("held_out", held_out)):
     files.write_lines(
       folder / f"samples/pairs_{part}.jsonl",
-      [{"response": f"sample {n} \n"} for n in range(len(kept))],
+      [
+        {"response": f"sample {n} \n", "ended": n % 2 == 0}
+        for n in range(len(kept))
+      ],
     )
   made._write_pairs(folder / "pairs/train.jsonl")
   pairs = preferences._read_rows(folder / "pairs/train.jsonl")
   assert [x["rejected"] for x in pairs] == [
     f" sample {n}" for n in range(len(rows))
+  ]
+  assert [x["rejected_ended"] for x in pairs] == [
+    n % 2 == 0 for n in range(len(rows))
   ]
   assert [x["chosen"] for x in pairs] == [x["response"] for x in rows]
   assert len(rows) + len(held_out) == 48 and len(held_out) == 3
@@ -187,12 +194,18 @@ def test_prompts_of_the_test_were_not_trained_on(tmp_path):
 
 
 def test_a_response_ends_where_the_human_would_speak(tmp_path):
-  text = lambda name, sample: experiment(name, tmp_path)._text(
-    {"response": sample}
-  )
+  def trimmed(name, sample, *, ended=False):
+    found = experiment(name, tmp_path)._trimmed(
+      {"index": 3, "response": sample, "ended": ended}
+    )
+    assert found["index"] == 3
+    return found["response"], found["ended"]
+
   sample = "Rice. \n\nHuman: Why?\n\nAssistant: Oh"
-  assert text("hh", sample) == " Rice."
-  assert text("tldr", sample) == " " + sample
+  assert trimmed("hh", sample) == (" Rice.", True)
+  assert trimmed("hh", "Rice. \n\nHum") == (" Rice. \n\nHum", False)
+  assert trimmed("hh", "Rice.", ended=True) == (" Rice.", True)
+  assert trimmed("tldr", sample) == (" " + sample, False)
 
 
 def test_a_given_model_is_shown_examples(tmp_path, monkeypatch):

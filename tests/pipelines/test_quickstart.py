@@ -40,6 +40,7 @@ def test_a_small_quickstart_runs_its_stages_once(tmp_path, monkeypatch, capsys):
       for name in ("chosen", "rejected")
     )
     assert chosen > rejected
+    assert {row["chosen_ended"], row["rejected_ended"]} <= {True, False}
   capsys.readouterr()
   assert pipeline.run(str(tmp_path), _small_config)
   shown = capsys.readouterr().out.splitlines()

@@ -70,10 +70,17 @@ def test_a_packed_file_is_found(tmp_path):
 def test_pairs_are_all_of_a_prompt_but_ties(tmp_path):
   path = tmp_path / "pairs.jsonl"
   num_ties = measure.write_pairs(
-    path, ["x", "y"], [["a", "b", "c"], ["d", "e"]], [[1, 3, 3], [0.5, 0]]
+    path,
+    ["x", "y"],
+    [["a", "b", "c"], ["d", "e"]],
+    [[1, 3, 3], [0.5, 0]],
+    [[False, True, True], [True, False]],
   )
   rows = [json.loads(line) for line in path.open()]
   found = [(x["prompt"], x["chosen"], x["rejected"]) for x in rows]
   assert num_ties == 1
   assert found == [("x", "b", "a"), ("x", "c", "a"), ("y", "d", "e")]
   assert rows[2]["chosen_score"] == 0.5 and rows[2]["rejected_score"] == 0
+  assert [(x["chosen_ended"], x["rejected_ended"]) for x in rows] == [
+    (True, False)
+  ] * 3

@@ -108,18 +108,26 @@ def test_without_eos_the_last_token_itself_is_read(folders):
     reward_fn(["we", "we"], [" liked it", ""])
 
 
+def test_a_response_that_was_cut_has_no_eos_before_its_score(reward_fn):
+  ended = [True, False, False, True, False]
+  found = reward_fn(PROMPTS, RESPONSES, ended=ended)
+  # Of the third nothing but its EOS could be read.
+  expected = [
+    _alone(*pair, eos=has_end or not pair[1])
+    for *pair, has_end in zip(PROMPTS, RESPONSES, ended)
+  ]
+  np.testing.assert_allclose(found, expected, atol=1e-5)
+  whole = reward_fn(PROMPTS, RESPONSES)
+  assert abs(whole - found)[[1, 4]].min() > 1e-3
+  with pytest.raises(ValueError, match="of 5 responses 1 say whether they"):
+    reward_fn(PROMPTS, RESPONSES, ended=[True])
+
+
 def test_texts_are_cut_as_in_training(folders):
   reward_fn = learned.load(folders["reward"], max_length=4, max_prompt_length=2)
   found = reward_fn(["it was not very good"], [" but we liked it"])
   expected = _alone("very good", " but we", eos=False)
   np.testing.assert_allclose(found, [expected], atol=1e-5)
-
-
-def test_a_runs_bound_on_responses_cuts_their_eos(folders, monkeypatch):
-  monkeypatch.setattr(learned, "_run_lengths", lambda path: (40, 20, 2))
-  found = learned.load(folders["reward"])(["we", "we"], [" good .", " good"])
-  expected = [_alone("we", " good .", eos=False), _alone("we", " good")]
-  np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_mistakes_end_in_one_line(folders, reward_fn, tmp_path):

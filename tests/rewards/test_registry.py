@@ -1,6 +1,5 @@
 """Rewards by name: a trained head as what PPO and a judge go by."""
 
-import dataclasses
 import itertools
 import json
 
@@ -87,7 +86,7 @@ def test_ppo_learns_from_a_run(runs, loss, tmp_path):
 def test_a_judge_prefers_what_a_run_scores_higher(runs):
   pairs = list(itertools.product(PROMPTS, itertools.permutations(RESPONSES, 2)))
   pairs = [judges.Comparison(prompt, *both) for prompt, both in pairs]
-  prompts, firsts, seconds = zip(*map(dataclasses.astuple, pairs), strict=True)
+  prompts, firsts, seconds = zip(*(x.texts for x in pairs), strict=True)
   reward_fn = registry.load(f"run:{runs['reward_model']}")
   is_first = reward_fn(prompts, firsts) > reward_fn(prompts, seconds)
   judge = judge_kinds.make_judge(f"reward:{runs['reward_model']}")

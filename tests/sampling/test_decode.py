@@ -10,7 +10,7 @@ import pytest
 from dpo_jax import sharding
 from dpo_jax.models import config as model_config
 from dpo_jax.models import transformer
-from dpo_jax.sampling import decode
+from dpo_jax.sampling import decode, draws
 
 EOS = 1
 VOCAB = 13
@@ -71,8 +71,7 @@ def _sample(prompts, *, name="llama", seed=0, new=10, **options):
     prompts,
     decode.Settings(new, **settings),
     seed=seed,
-    eos_id=EOS,
-    **{"batch_rows": 8, **options},
+    **{"batch_rows": 8, "stop_ids": (EOS,), **options},
   )
 
 
@@ -153,15 +152,33 @@ def test_a_prompt_listed_twice_gets_two_samples():
   assert len({tuple(tokens) for (tokens,) in found}) > 10
 
 
-def test_responses_end_at_eos_or_at_max_new_tokens():
-  found = _sample(PROMPTS, samples_per_prompt=20, batch_rows=100)
+@pytest.mark.parametrize("stop_ids", [(EOS,), (EOS, 5, 9), (9, EOS)])
+def test_responses_end_at_any_stop_token_or_at_max_new_tokens(stop_ids):
+  found = _sampler().sample(
+    PROMPTS,
+    decode.Settings(10),
+    seed=0,
+    stop_ids=stop_ids,
+    samples_per_prompt=20,
+    batch_rows=100,
+  )
   samples = [sample for samples in found for sample in samples]
   for sample in samples:
-    assert EOS not in sample.tokens[:-1]
-    assert sample.tokens[-1] == EOS or len(sample.tokens) == 10
+    assert not set(stop_ids) & set(sample.content)
+    assert sample.ended == (sample.tokens[-1] in stop_ids)
+    assert sample.ended or len(sample.tokens) == 10
+    assert sample.content == sample.tokens[: len(sample.tokens) - sample.ended]
     assert len(sample.logps) == len(sample.tokens)
+  assert {x.tokens[-1] for x in samples if x.ended} == set(stop_ids)
   lengths = {len(sample.tokens) for sample in samples}
   assert min(lengths) < 10 and max(lengths) == 10
+
+
+def test_a_stop_token_cuts_the_same_draws_short():
+  without = _tokens(_sample(PROMPTS, stop_ids=()))
+  assert {len(tokens) for (tokens,) in without} == {10}
+  for (whole,), (cut,) in zip(without, _tokens(_sample(PROMPTS))):
+    assert whole[: len(cut)] == cut
 
 
 def test_the_loop_stops_when_every_row_has_ended(monkeypatch):
@@ -214,7 +231,7 @@ def test_frequencies_match_the_softmax(temperature):
 def test_top_k_and_top_p_leave_the_likeliest(settings, kept):
   # By hand: of the first three tokens, the first two hold 0.8 / 0.95.
   logits = jnp.log(jnp.array([[0.05, 0.5, 0.15, 0.3, 1e-6]]))
-  allowed = decode._allowed(
+  allowed = draws.allowed(
     logits, min(settings.get("top_k", 0), 5), settings.get("top_p")
   )
   likeliest = [1, 3, 2, 0, 4][:kept]
@@ -232,7 +249,7 @@ def test_what_has_no_weight_is_never_drawn_and_the_rest_by_its_share(vocab):
   logits[likely] = np.log([0.2, 0.5, 0.3])
   uniform = np.linspace(0, 1, 10_001, dtype=np.float32)
   uniform[-1] = np.nextafter(np.float32(1), np.float32(0))
-  drawn = decode._choose(uniform, jnp.tile(logits, (len(uniform), 1)))
+  drawn = draws.choose(uniform, jnp.tile(logits, (len(uniform), 1)))
   tokens, counts = np.unique(drawn, return_counts=True)
   assert tokens.tolist() == likely
   np.testing.assert_allclose(counts / len(drawn), [0.2, 0.5, 0.3], atol=2e-4)
@@ -286,6 +303,7 @@ def test_no_prompts_give_no_responses():
   ("options", "message"),
   [
     ({"new": 0}, "max_new_tokens=0: at least 1"),
+    ({"new": 10**9}, "max_new_tokens=1000000000: at least 1 and at most"),
     ({"batch_rows": 0}, "batch_rows=0: must be at least 1"),
     ({"samples_per_prompt": 0}, "samples_per_prompt=0: must be at least 1"),
     ({"temperature": -1.0}, "temperature=-1: must be finite"),
@@ -320,6 +338,38 @@ def test_8_devices_sample_what_1_samples(name):
   with jax.set_mesh(mesh):
     sampler = decode.Sampler(config, jax.device_put(params, layouts))
     found = sampler.sample(
-      PROMPTS, decode.Settings(10), seed=0, eos_id=EOS, samples_per_prompt=2
+      PROMPTS,
+      decode.Settings(10),
+      seed=0,
+      stop_ids=(EOS,),
+      samples_per_prompt=2,
     )
   assert _tokens(found) == _tokens(expected)
+
+
+@pytest.mark.parametrize(
+  "settings",
+  [{}, {"temperature": 0.7}, {"temperature": 1.5, "top_k": 6, "top_p": 0.8}],
+)
+def test_drawn_logps_are_of_what_was_drawn_from(settings):
+  prompts = PROMPTS[:2]
+  found = _sample(prompts, samples_per_prompt=3, **settings)
+  temperature = settings.get("temperature", 1.0)
+  for prompt, samples in zip(prompts, found, strict=True):
+    for sample in samples:
+      logits = _logits(prompt + sample.tokens)[len(prompt) - 1 : -1]
+      allowed = draws.allowed(
+        jnp.asarray(logits / temperature),
+        settings.get("top_k", 0),
+        settings.get("top_p"),
+      )
+      logps = np.asarray(jax.nn.log_softmax(allowed))
+      expected = logps[np.arange(len(sample.tokens)), sample.tokens]
+      np.testing.assert_allclose(sample.drawn_logps, expected, atol=1e-4)
+      is_same = np.array_equal(sample.drawn_logps, sample.logps)
+      assert is_same == (not settings)
+
+
+def test_the_most_likely_token_is_drawn_for_sure():
+  ((sample,),) = _sample(PROMPTS[:1], temperature=0.0)
+  assert not sample.drawn_logps.any() and sample.logps.all()

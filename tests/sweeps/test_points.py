@@ -80,6 +80,10 @@ MISTAKES = {
   "an unknown key": ({"loss.betta": 1}, "did you mean 'loss.beta'?"),
   "a wrong type": ({"loss.beta": "high"}, "could not convert"),
   "a value out of range": ({"loss.beta": -1}, "must be above 0"),
+  "no number": (
+    {"optimizer.learning_rate": "inf"},
+    "optimizer.learning_rate=inf: must be above 0 and finite",
+  ),
   "an unknown loss": ({"loss": "dpoo"}, "did you mean 'dpo'?"),
   "an unknown optimizer": ({"optimizer.name": "adamx"}, "known: adafactor"),
   "an option it lacks": (
@@ -129,6 +133,21 @@ FILES = {
   "list.jsonl": ("[1]", "point 1: must be an object of dotted keys"),
   "inner.jsonl": (json.dumps({"loss": {"beta": 1}}), "'loss' is {'beta': 1}"),
   "none.py": ("POINTS = []\n", r"it has no get_points\(\)"),
+  "syntax.py": (
+    "\ndef get_points(:\n",
+    r"syntax.py: SyntaxError: .* \(.*syntax.py, line 2\)$",
+  ),
+  "import.py": (
+    "import absent_module\n",
+    r"ModuleNotFoundError: .*absent_module.* \(.*import.py, line 1\)$",
+  ),
+  "bug.py": (
+    "def get_points():\n  yield {'seed': 1}\n  yield {}['x']\n",
+    r"bug.py: KeyError: 'x' \(.*bug.py, line 3\)$",
+  ),
+  "nothing.py": ("def get_points():\n  pass\n", "TypeError: 'NoneType'"),
+  "keys.py": ("def get_points():\n  return [{1: 2}]\n", "key 1 must be a"),
+  "deep.jsonl": ("[" * 100_000, "deep.jsonl, line 1: not JSON"),
 }
 
 
@@ -138,3 +157,9 @@ def test_a_mistake_in_a_file_is_told(name, tmp_path):
   (tmp_path / name).write_text(content)
   with pytest.raises(ValueError, match=message):
     points.read(str(tmp_path / name))
+
+
+def test_a_file_of_another_encoding_is_told(tmp_path):
+  (tmp_path / "x.jsonl").write_bytes(b'{"seed": 1}\n{"loss": "\xff"}')
+  with pytest.raises(ValueError, match="x.jsonl, line 2: not JSON: 'utf-8'"):
+    points.read(str(tmp_path / "x.jsonl"))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,7 @@ def _init_state(config, optimizer, mesh, *, settings=SETTINGS, head_seed=None):
   )
   init = lambda: transformer.init_params(config, jax.random.key(0))
   params = jax.jit(init, out_shardings=layouts)()
-  reference = state.copy_params(params, dtype="float32", shardings=layouts)
+  reference = state.copy_params(params, like=params, shardings=layouts)
   head = ppo.init_value_head(config, mesh)
   if head_seed is not None:
     rng = np.random.default_rng(head_seed)
@@ -60,6 +61,12 @@ def _init_state(config, optimizer, mesh, *, settings=SETTINGS, head_seed=None):
   )
 
 
+def _generate(params, prompts, numbers):
+  """Returns random responses, of which every other one ended."""
+  responses = _lists(MAX_NEW_TOKENS, 100 + numbers[0])
+  return responses, [row % 2 == 0 for row in range(len(responses))]
+
+
 def _iteration(optimizer, mesh, microbatch_rows):
   """Returns an iteration of PPO on random tokens with random scores."""
   actor = ppo.Actor(CONFIG, chunk_length=16)
@@ -70,10 +77,8 @@ def _iteration(optimizer, mesh, microbatch_rows):
     optimizer=optimizer,
     rows=ppo.RowSettings(32, MAX_LENGTH, microbatch_rows, (0, microbatch_rows)),
     max_new_tokens=MAX_NEW_TOKENS,
-    generate_fn=lambda params, prompts, numbers: _lists(
-      MAX_NEW_TOKENS, 100 + numbers[0]
-    ),
-    score_fn=lambda prompts, responses: np.array(
+    generate_fn=_generate,
+    score_fn=lambda prompts, responses, ended: np.array(
       [sum(response) % 7 - 3 for response in responses], np.float32
     ),
     mesh=mesh,
@@ -156,6 +161,31 @@ def test_nothing_moves_at_learning_rate_0_and_the_ratio_is_exactly_1():
   assert first["ratio"] == pytest.approx(1, abs=1e-6)  # a mean in float32
   assert first["objective/kl"] == second["objective/kl"] == 0
   assert second["approx_kl"] > 1e-8 and third["objective/kl"] != 0
+  assert first["ended"] == 0.5
+
+
+def test_responses_that_did_not_end_lose_the_penalty():
+  def rollout(penalty):
+    iterate = iteration.Iteration(
+      dataclasses.replace(SETTINGS, missing_eos_penalty=penalty),
+      policy=ppo.Actor(CONFIG, chunk_length=16),
+      reference=ppo.Actor(CONFIG, chunk_length=16),
+      optimizer=optax.sgd(0.0),
+      rows=ppo.RowSettings(32, MAX_LENGTH, 1, (0, 1)),
+      max_new_tokens=MAX_NEW_TOKENS,
+      generate_fn=_generate,
+      score_fn=lambda prompts, responses, ended: np.where(ended, 2.0, 0.5),
+      mesh=_make_mesh(SMALL_MESH),
+      seed=0,
+    )
+    state = types.SimpleNamespace(params={})
+    return iterate._rollout(state, 0, _lists(12, 0))
+
+  _, ended, scores = rollout(0.0)
+  np.testing.assert_array_equal(ended, [True, False] * 4)
+  np.testing.assert_array_equal(scores, [2.0, 0.5] * 4)
+  np.testing.assert_array_equal(rollout(0.75)[2], [2.0, -0.25] * 4)
+  assert scores.dtype == rollout(0.75)[2].dtype == np.float32
 
 
 @pytest.mark.slow
@@ -194,6 +224,9 @@ def test_impossible_settings_are_refused():
     ppo.Settings(clip=0)
   with pytest.raises(ValueError, match=r"ppo.lam=1.5: must be in \[0, 1\]"):
     ppo.Settings(lam=1.5)
+  for penalty in (-1.0, float("inf"), float("nan")):
+    with pytest.raises(ValueError, match="ppo.missing_eos_penalty=.*at least"):
+      ppo.Settings(missing_eos_penalty=penalty)
 
 
 @pytest.mark.slow
@@ -211,8 +244,10 @@ def test_a_bandit_comes_to_the_best_policy_at_its_beta():
 
   def generate(params, prompts, numbers):
     sampler = decode.Sampler(config, params)
-    found = sampler.sample(prompts, draws, seed=0, eos_id=0, indices=numbers)
-    return [sample.tokens for (sample,) in found]
+    found = sampler.sample(
+      prompts, draws, seed=0, stop_ids=(0,), indices=numbers
+    )
+    return [sample.tokens for (sample,) in found], [False] * len(found)
 
   def logps_of(params):
     tokens = np.array([prompt], np.int32)
@@ -245,7 +280,7 @@ def test_a_bandit_comes_to_the_best_policy_at_its_beta():
       rows=ppo.RowSettings(128, 3, 1, (0, 1)),
       max_new_tokens=1,
       generate_fn=generate,
-      score_fn=lambda _, responses: rewards[[x for (x,) in responses]],
+      score_fn=lambda _, responses, ended: rewards[[x for (x,) in responses]],
       mesh=mesh,
       seed=0,
     )

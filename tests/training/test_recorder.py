@@ -2,9 +2,11 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
+import time
 import types
 
 import jax
@@ -125,7 +127,7 @@ def test_progress_without_a_terminal_is_a_line_with_rate_and_time_left(
   tmp_path, monkeypatch, capsys
 ):
   seconds = iter([0.0, 4.0, 5.0])
-  clock = types.SimpleNamespace(monotonic=lambda: next(seconds))
+  clock = types.SimpleNamespace(monotonic=lambda: next(seconds), time=time.time)
   monkeypatch.setattr(recorder, "time", clock)
   with recorder.Recorder(tmp_path, total_steps=10, start_step=2) as metrics:
     metrics.write(4, "train", {"loss": 0.5})
@@ -173,3 +175,16 @@ def test_a_missing_wandb_is_an_error_of_one_line(tmp_path, monkeypatch):
     recorder.Recorder(tmp_path, total_steps=1, wandb_project="dpo")
   assert "\n" not in str(error.value)
   assert not list(tmp_path.iterdir())
+
+
+def test_a_write_that_the_system_refuses_names_the_file(tmp_path, capsys):
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  with pytest.raises(OSError, match="File too large") as caught:
+    with recorder.Recorder(tmp_path, total_steps=99) as metrics:
+      resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+      try:
+        for step in range(1, 99):
+          metrics.write(step, "train", {"loss": 1.0})
+      finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert caught.value.filename == str(tmp_path / "metrics.jsonl")

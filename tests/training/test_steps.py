@@ -110,7 +110,7 @@ def _run(
   with jax.set_mesh(mesh):
     now = state.init_state(init, optimizer, layouts, mesh)
     if reference:
-      copy = state.copy_params(now.params, dtype="float32", shardings=layouts)
+      copy = state.copy_params(now.params, like=now.params, shardings=layouts)
       now = dataclasses.replace(now, reference=copy)
     step = jax.jit(
       steps.make_train_step(scorer, optimizer, rate), donate_argnums=0

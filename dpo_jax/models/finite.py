@@ -1,0 +1,34 @@
+"""Weights that hold NaN or infinity: which they are, in one pass."""
+
+import jax
+import jax.numpy as jnp
+
+from dpo_jax.models import huggingface_names
+from dpo_jax.types import Array, Params
+
+
+def broken(params: Params) -> list[str]:
+  """Returns the paths of the parameters that hold NaN or infinity.
+
+  Every process calls this alike, and all get the same.
+  """
+  leaves = {
+    huggingface_names.leaf_name(path): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+  }
+  # One program for all, as for fingerprints of checkpoints.
+  found = jax.device_get(_are_finite(list(leaves.values())))
+  return [name for name, is_finite in zip(leaves, found) if not is_finite]
+
+
+def check(params: Params, where: str) -> None:
+  """Raises ValueError that names the first of them, if there are any."""
+  if names := broken(params):
+    raise ValueError(f"{where}: {names[0]} holds NaN or infinity")
+
+
+@jax.jit
+def _are_finite(leaves: list[Array]) -> list[Array]:
+  # Products with 0 are 0, or NaN, and so is their sum. XLA on CPUs would make
+  # an array of what `isfinite` says of each element.
+  return [jnp.sum(leaf * 0, dtype=jnp.float32) == 0 for leaf in leaves]
