@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from dpo_jax import sharding
+from dpo_jax import processes, sharding
 from dpo_jax.data import dataset, loader, packing, tokenize
 from dpo_jax.losses import objectives
 from dpo_jax.models.config import ModelConfig
@@ -106,7 +105,7 @@ def _layout(layout, models, *data):
   allowed = {packing.layout_for_window(x, layout, window) for x in lengths}
   if allowed == {layout}:
     return layout
-  _say(
+  processes.say(
     f"data.layout: padded, as sequences are longer than the {window} keys that"
     " a sliding window of the model sees"
   )
@@ -126,14 +125,9 @@ def _read_tokens(options, objective, tokenizer, cache_dir, path, split):
     max_prompt_length=options["max_prompt_length"],
     truncate_prompts=options["truncate_prompts"],
     is_builder=jax.process_index() == 0,
-    barrier=lambda: multihost_utils.sync_global_devices("tokens cached"),
+    agree=processes.agree,
   )
-  _say(
+  processes.say(
     f"data: {options['source']} {path}", *tokenize.report_lines(tokens.report)
   )
   return tokens
-
-
-def _say(*lines):
-  if jax.process_index() == 0:
-    print(*lines, sep="\n", flush=True)

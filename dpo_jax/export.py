@@ -5,7 +5,7 @@ import os
 
 import jax
 
-from dpo_jax import sharding
+from dpo_jax import files, sharding
 from dpo_jax.checkpoints import source, stop_tokens
 from dpo_jax.data import tokenize
 from dpo_jax.models import (
@@ -13,6 +13,16 @@ from dpo_jax.models import (
   huggingface_adapters,
   lora,
   transformer,
+)
+
+# What a model or an adapter is made of; the rest of a target stays as it is.
+REPLACED = "|".join(
+  [
+    huggingface.WEIGHT_FILES,
+    r"(generation_|adapter_)?config\.json",
+    r"adapter_model\.safetensors",
+    r"chat_template\.jinja",
+  ]
 )
 
 
@@ -28,7 +38,8 @@ def write(
   """Writes a model and its tokenizer as a Hugging Face folder.
 
   All that end its responses stand in config.json and generation_config.json.
-  Adapters are merged into their base.
+  Adapters are merged into their base. The folder is written whole or not at
+  all, by one process at a time; a model or an adapter in it is replaced.
 
   Args:
     path: a run folder, a Hugging Face folder or a hub name.
@@ -39,11 +50,23 @@ def write(
     adapter: writes the adapters alone, in PEFT's format.
 
   Raises:
-    ValueError: no such model, a target that is its source, or a whole model
-      where adapters are asked for.
+    ValueError: no such model, a target that is its source or that another
+      process writes, or a whole model where adapters are asked for.
   """
   if os.path.realpath(path) == os.path.realpath(target):
     raise ValueError(f"the target {target!r} is the source")
+  if jax.process_index() != 0:  # it takes part, and writes nothing
+    _write(path, target, step, dtype, max_shard_bytes, adapter)
+    return
+  marker = huggingface_adapters.CONFIG if adapter else "config.json"
+  with (
+    files.owned_folder(target, "writes"),
+    files.folder(target, marker=marker, stale=REPLACED) as part,
+  ):
+    _write(path, str(part), step, dtype, max_shard_bytes, adapter)
+
+
+def _write(path, target, step, dtype, max_shard_bytes, adapter):
   opened = source.open_model(path, step=step)
   if adapter:
     _write_adapter(path, target, step, dtype, opened)

@@ -1,5 +1,6 @@
 """A trained model at work: it samples, and says how likely responses are."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -13,7 +14,7 @@ import jax
 import numpy as np
 import tqdm
 
-from dpo_jax import sharding
+from dpo_jax import files, sharding
 from dpo_jax.checkpoints import source, stop_tokens
 from dpo_jax.data import chat, dataset, examples, loader, packing, tokenize
 from dpo_jax.losses import objectives
@@ -135,6 +136,20 @@ def read_prompts(
   return list(found.values())
 
 
+def _by_one_process(write: Callable[..., None]) -> Callable[..., None]:
+  """Returns a writer of `output` that holds its lock while it writes."""
+
+  @functools.wraps(write)
+  def write_owned(path, prompts, settings, output, **options):
+    is_first = jax.process_index() == 0
+    owned = files.owned_file(output) if is_first else contextlib.nullcontext()
+    with owned:
+      write(path, prompts, settings, output, **options)
+
+  return write_owned
+
+
+@_by_one_process
 def write_samples(
   path: str,
   prompts: Sequence[examples.Text],
@@ -172,7 +187,7 @@ def write_samples(
 
   Raises:
     ValueError: no such model, an argument out of range, or a file of other
-      samples.
+      samples or that another process writes.
   """
   if max_prompt_length < 1:
     raise ValueError(f"max_prompt_length={max_prompt_length}: at least 1")
@@ -231,11 +246,9 @@ def write_samples(
       on_batch=keep,
     )
   if is_first:
-    whole = part.with_name(part.name + ".sorted")
-    with whole.open("w") as file:
-      for index in range(len(prompts)):
-        file.writelines(json.dumps(line) + "\n" for line in done[index])
-    os.replace(whole, target)
+    files.write_lines(
+      target, (line for index in range(len(prompts)) for line in done[index])
+    )
     part.unlink()
 
 

@@ -12,9 +12,10 @@ import jax
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from dpo_jax import endings, reinforcement, sharding
+from dpo_jax import endings, files, processes, reinforcement, sharding
 from dpo_jax import experiment as experiment_lib
 from dpo_jax.checkpoints import (
+  fingerprints,
   manager,
   reader,
   run_folder,
@@ -41,23 +42,6 @@ from dpo_jax.training import reference as reference_lib
 from dpo_jax.types import Batch, Params
 
 
-def join_processes() -> None:
-  """Joins the other processes of a multi-host run.
-
-  Raises:
-    ValueError: neither the cluster nor the environment says who they are.
-  """
-  number = os.environ.get("JAX_NUM_PROCESSES")
-  index = os.environ.get("JAX_PROCESS_ID")
-  try:
-    jax.distributed.initialize(
-      num_processes=int(number) if number else None,
-      process_id=int(index) if index else None,
-    )
-  except ValueError as error:
-    raise ValueError(f"--multihost: {error}") from error
-
-
 def train(config: ConfigDict, workdir: str) -> bool:
   """Returns whether the run came to its end; False when told to stop.
 
@@ -70,15 +54,31 @@ def train(config: ConfigDict, workdir: str) -> bool:
     endings.NotFiniteError: a loss, a gradient or the weights are not finite;
       what was saved before stays.
   """
-  run_folder.check_config(workdir, experiment_lib.to_plain(config))
-  experiment = experiment_lib.build(config)
-  for line in describe(experiment):
-    _say(line)
-  with jax.set_mesh(experiment.mesh):
-    finished = _train(experiment, pathlib.Path(workdir))
-  if finished and jax.process_index() == 0:
-    run_folder.mark_finished(workdir)
-  return finished
+  _agree(config, workdir)
+  with run_folder.owned(workdir, "trains in"):
+    run_folder.check_config(workdir, experiment_lib.to_plain(config))
+    experiment = experiment_lib.build(config)
+    for line in describe(experiment):
+      processes.say(line)
+    with jax.set_mesh(experiment.mesh):
+      finished = _train(experiment, pathlib.Path(workdir))
+    if finished and jax.process_index() == 0:
+      run_folder.mark_finished(workdir)
+    return finished
+
+
+def _agree(config, workdir):
+  """Raises ValueError unless all processes have one config and one model."""
+  if jax.process_count() == 1:
+    return
+  settings = experiment_lib.to_plain(config)
+  given = run_folder.flatten({"--config": settings})
+  processes.agree(given | {"--workdir": os.path.abspath(workdir)})
+  paths = [settings["model"]["path"], settings["reference"]["path"]]
+  reward = settings["ppo"]["reward"]
+  paths += [reward.removeprefix("run:")] * reward.startswith("run:")
+  for path in filter(None, paths):
+    processes.agree(fingerprints.of_model(path))
 
 
 def describe(experiment: Experiment) -> Iterator[str]:
@@ -239,7 +239,7 @@ def _with_cached_reference(
     key = reference_lib.cache_key(batches, model, prints, scorer.objective)
     shape = (batches.num_pairs, batches.num_columns)
     logps = reference_lib.cached_logps(
-      experiment.cache_dir, key, shape, compute, _say
+      experiment.cache_dir, key, shape, compute, processes.say
     )
     return batches.with_reference(logps)
 
@@ -270,9 +270,11 @@ def _train(experiment: Experiment, workdir: pathlib.Path) -> bool:
       if not experiment.reference.moves:
         restored = dataclasses.replace(restored, reference=first.reference)
       first = dataclasses.replace(restored, base=first.base)
-      _say(f"goes on from step {done} of {experiment.schedule.last_step}")
+      processes.say(
+        f"goes on from step {done} of {experiment.schedule.last_step}"
+      )
     if done >= experiment.schedule.last_step:
-      _say(f"finished at step {done}: nothing to do")
+      processes.say(f"finished at step {done}: nothing to do")
       return True
     with recorder.Recorder(
       workdir,
@@ -284,7 +286,9 @@ def _train(experiment: Experiment, workdir: pathlib.Path) -> bool:
       finished = _run_loop(experiment, first, done, checkpoints, record)
     if not finished:
       step = checkpoints.latest_step()
-      _say(f"saved at step {step}; the same command goes on from there")
+      processes.say(
+        f"saved at step {step}; the same command goes on from there"
+      )
     return finished
 
 
@@ -354,24 +358,19 @@ def _make_ppo(experiment):
 
 def _write_run_files(experiment, workdir):
   if jax.process_index() == 0:
-    folder = workdir / run_folder.MODEL_FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    huggingface.write_config(
-      str(folder),
-      experiment.scorer.policy,
-      bos_token_id=experiment.tokenizer.bos_token_id,
-      eos_token_id=stop_tokens.in_config(experiment.stop_ids),
-    )
-    tokenize.save_tokenizer(experiment.tokenizer, folder)
-    if experiment.scorer.policy.head == "vocabulary":
-      stop_tokens.write(folder, experiment.stop_ids, experiment.opened)
-    if experiment.scorer.policy.lora:
-      base = experiment.settings["model"]["path"]
-      source.write_lora(folder, experiment.scorer.policy.lora, base)
+    path = workdir / run_folder.MODEL_FOLDER
+    with files.folder(path, marker="config.json") as folder:
+      huggingface.write_config(
+        str(folder),
+        experiment.scorer.policy,
+        bos_token_id=experiment.tokenizer.bos_token_id,
+        eos_token_id=stop_tokens.in_config(experiment.stop_ids),
+      )
+      tokenize.save_tokenizer(experiment.tokenizer, folder)
+      if experiment.scorer.policy.head == "vocabulary":
+        stop_tokens.write(folder, experiment.stop_ids, experiment.opened)
+      if experiment.scorer.policy.lora:
+        base = experiment.settings["model"]["path"]
+        source.write_lora(folder, experiment.scorer.policy.lora, base)
     run_folder.write_config(workdir, experiment.settings)
   multihost_utils.sync_global_devices("run folder written")
-
-
-def _say(text: str) -> None:
-  if jax.process_index() == 0:
-    print(text, flush=True)

@@ -13,11 +13,10 @@ at which share of what memory and matmuls allow tokens are drawn. The machine
 should be idle; compare ratios within one run.
 """
 
-import json
-
 from absl import flags
 from ml_collections import config_flags
 
+from dpo_jax import files
 from launch import cli
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -56,8 +55,7 @@ def main(argv: list[str]) -> int:
     results, table = _train()
   print(table)
   if OUTPUT.value:
-    with open(OUTPUT.value, "w") as file:
-      json.dump(results, file, indent=2)
+    files.write_json(OUTPUT.value, results)
   return 0
 
 

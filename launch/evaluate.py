@@ -29,6 +29,7 @@ and `--policy` may be given several times.
 
 from absl import flags
 
+from dpo_jax import files
 from launch import cli
 
 DATA = flags.DEFINE_multi_string("data", None, "File of pairs, or of labels.")
@@ -135,7 +136,8 @@ def main(argv: list[str]) -> int:
       f"unknown evaluation {name!r}; known: {', '.join(evaluations)}"
     )
   cli.check_flags(name, _NEEDED, _OPTIONAL)
-  evaluations[name]()
+  with files.owned_folder(OUTPUT.value, "writes"):
+    evaluations[name]()
   return 0
 
 

@@ -15,6 +15,7 @@ without its stronger model. The same command started again goes on where it was;
 from absl import flags
 from ml_collections import config_flags
 
+from dpo_jax import supervisor
 from launch import cli
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -67,30 +68,31 @@ flags.mark_flags_as_required(["config", "workdir", "policy", "reward", "data"])
 
 def main(argv: list[str]) -> int:
   """Returns 0 when the rounds finished, 128 + n when signal n stopped them."""
-  from dpo_jax import endings, trainer
+  if MULTIHOST.value:
+    supervisor.start()
+  from dpo_jax import endings, processes
   from dpo_jax.pipelines import iterative
   from dpo_jax.sampling import decode
 
-  if MULTIHOST.value:
-    trainer.join_processes()
-  settings = iterative.Settings(
-    policy=POLICY.value,
-    reward=REWARD.value,
-    data=DATA.value,
-    data_source=DATA_SOURCE.value,
-    split=SPLIT.value,
-    prompts=PROMPTS.value,
-    samples=SAMPLES.value,
-    sampling=decode.Settings(
-      MAX_NEW_TOKENS.value, temperature=TEMPERATURE.value, top_p=TOP_P.value
-    ),
-    pairs=PAIRS.value,
-    min_margin=MIN_MARGIN.value,
-    reference=REFERENCE.value,
-  )
-  finished = iterative.run(
-    CONFIG.value, WORKDIR.value, settings, rounds=ROUNDS.value
-  )
+  with processes.joined(MULTIHOST.value):
+    settings = iterative.Settings(
+      policy=POLICY.value,
+      reward=REWARD.value,
+      data=DATA.value,
+      data_source=DATA_SOURCE.value,
+      split=SPLIT.value,
+      prompts=PROMPTS.value,
+      samples=SAMPLES.value,
+      sampling=decode.Settings(
+        MAX_NEW_TOKENS.value, temperature=TEMPERATURE.value, top_p=TOP_P.value
+      ),
+      pairs=PAIRS.value,
+      min_margin=MIN_MARGIN.value,
+      reference=REFERENCE.value,
+    )
+    finished = iterative.run(
+      CONFIG.value, WORKDIR.value, settings, rounds=ROUNDS.value
+    )
   return 0 if finished else endings.status()
 
 

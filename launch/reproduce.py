@@ -25,6 +25,7 @@ from `--model`. There stands also what a scale is.
 
 from absl import flags
 
+from dpo_jax import files
 from launch import cli
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the experiment.")
@@ -50,7 +51,8 @@ def main(argv: list[str]) -> int:
   optional = {x: takes for x, (_, _, takes) in RECIPES.items()}
   cli.check_flags(name, needed, optional)
   recipe, *_ = RECIPES[name]
-  return 0 if recipe(WORKDIR.value) else endings.status()
+  with files.owned_folder(WORKDIR.value, "works in"):
+    return 0 if recipe(WORKDIR.value) else endings.status()
 
 
 def _quickstart(workdir: str) -> bool:

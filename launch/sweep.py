@@ -17,6 +17,7 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
+from dpo_jax import files
 from launch import cli
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -63,7 +64,8 @@ def main(argv: list[str]) -> int:
   if DRY_RUN.value:
     print(runner.plan(sweep), end="")
     return 0
-  return runner.run(sweep)
+  with files.owned_folder(WORKDIR.value, "sweeps in"):
+    return runner.run(sweep)
 
 
 if __name__ == "__main__":

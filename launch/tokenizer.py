@@ -9,6 +9,7 @@ same tokenizer. Prompts and responses are read as demonstrations.
 
 from absl import flags
 
+from dpo_jax import files
 from launch import cli
 
 DATA = flags.DEFINE_multi_string("data", None, "File of text.")
@@ -25,12 +26,13 @@ flags.mark_flags_as_required(["data", "output"])
 
 def main(argv: list[str]) -> int:
   """Returns 0."""
-  from dpo_jax.data import bpe, tokenize
+  with files.owned_folder(OUTPUT.value, "writes"):
+    from dpo_jax.data import bpe
 
-  tokenizer = bpe.train(
-    bpe.texts(DATA_SOURCE.value, DATA.value, SPLIT.value), VOCAB_SIZE.value
-  )
-  tokenize.save_tokenizer(tokenizer, OUTPUT.value)
+    tokenizer = bpe.train(
+      bpe.texts(DATA_SOURCE.value, DATA.value, SPLIT.value), VOCAB_SIZE.value
+    )
+    bpe.write(tokenizer, OUTPUT.value)
   print(f"{len(tokenizer)} tokens: {OUTPUT.value}")
   return 0
 

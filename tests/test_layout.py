@@ -8,13 +8,16 @@ import pytest
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "dpo_jax"
 FLOORS = {
   "types": 0,
+  "endings": 0,
+  "supervisor": 1,
+  "files": 1,
   "limits": 1,
   "markdown": 1,
   "sharding": 1,
-  "endings": 1,
   "user_code": 1,
   "schema": 1,
   "caches": 1,
+  "processes": 2,
   "data": 2,
   "models": 2,
   "losses": 2,

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from dpo_jax import export
+from dpo_jax import export, files
 from dpo_jax import policy as policy_lib
 from dpo_jax.data import tokenize
 from dpo_jax.sampling import decode
@@ -210,7 +210,7 @@ def test_sampling_that_was_killed_goes_on_to_the_same_file(
     assert line["temperature"] == 1
   killed = tmp_path / "killed.jsonl"
   with monkeypatch.context() as patch:
-    patch.setattr(policy_lib.os, "replace", _fail)
+    patch.setattr(policy_lib.files, "write_lines", _fail)
     with pytest.raises(OSError, match="killed"):
       _write(folder, killed)
   part = tmp_path / "killed.jsonl.part"
@@ -238,9 +238,17 @@ def _fail(*_):
   raise OSError("killed")
 
 
+def test_one_process_writes_a_file_of_samples(folder, tmp_path):
+  output = tmp_path / "samples.jsonl"
+  with files.owned_file(output):
+    with pytest.raises(ValueError, match="another process writes .*s.jsonl$"):
+      _write(folder, output)
+  assert not list(tmp_path.iterdir())
+
+
 def test_a_part_of_other_samples_is_refused(folder, tmp_path, monkeypatch):
   with monkeypatch.context() as patch:
-    patch.setattr(policy_lib.os, "replace", _fail)
+    patch.setattr(policy_lib.files, "write_lines", _fail)
     with pytest.raises(OSError, match="killed"):
       _write(folder, tmp_path / "out.jsonl")
   with pytest.raises(ValueError, match="samples of another settings: delete"):

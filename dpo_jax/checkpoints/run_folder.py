@@ -4,16 +4,17 @@ config.json    every key of the config
 model/         the decoder's config.json in Hugging Face format, tokenizer
 checkpoints/   see `manager`
 finished       empty; there when the run of config.json came to its end
+.lock          held by the process that trains; see `files.owned`
 """
 
+import contextlib
 import errno
-import json
 import os
 import pathlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from dpo_jax import schema
+from dpo_jax import files, processes, schema
 
 FINISHED = "finished"
 LENGTH_KEYS = ("steps", "epochs")
@@ -29,6 +30,23 @@ MUTABLE_KEYS = (
   "eval",
   "log",
 )
+
+
+def owned(
+  workdir: str | os.PathLike[str], doing: str
+) -> contextlib.AbstractContextManager[None]:
+  """Returns what keeps the folder for one run, whose first process holds it.
+
+  Args:
+    workdir: the folder, made where it is not there.
+    doing: what the error says that another process does in it.
+
+  Raises:
+    ValueError: on entry, another run holds it.
+  """
+  if processes.is_first():
+    return files.owned_folder(workdir, doing)
+  return contextlib.nullcontext()
 
 
 # What is read of a config, by dotted key.
@@ -120,9 +138,7 @@ def write_config(
   path = pathlib.Path(workdir) / "config.json"
   # First, or a longer run of this folder would look finished.
   (path.parent / FINISHED).unlink(missing_ok=True)
-  part = path.with_suffix(".part")
-  part.write_text(json.dumps(config, indent=2) + "\n")
-  part.replace(path)
+  files.write_json(path, config)
 
 
 def mark_finished(workdir: str | os.PathLike[str]) -> None:

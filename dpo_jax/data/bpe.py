@@ -1,11 +1,13 @@
 """Trains a small tokenizer, for models that start from random weights."""
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 
 import tokenizers
 import transformers
 
-from dpo_jax.data import examples
+from dpo_jax import files
+from dpo_jax.data import examples, tokenize
 
 EOS = "<|endoftext|>"
 NUM_BYTES = 256
@@ -49,6 +51,14 @@ def train(
     eos_token=EOS,
     clean_up_tokenization_spaces=False,
   )
+
+
+def write(
+  tokenizer: transformers.PreTrainedTokenizerFast, path: str | os.PathLike
+) -> None:
+  """Writes a tokenizer folder, whole or not at all."""
+  with files.folder(path, marker="tokenizer_config.json") as part:
+    tokenize.save_tokenizer(tokenizer, part)
 
 
 def texts(source: str, paths: Sequence[str], split: str) -> Iterator[str]:

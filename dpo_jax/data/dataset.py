@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -125,7 +125,7 @@ def load(
   tokenizer: tokenize.Tokenizer,
   inputs: str,
   is_builder: bool = True,
-  barrier: Callable[[], None] = lambda: None,
+  agree: Callable[[Mapping[str, str]], None] = lambda values: None,
   **lengths: Any,
 ) -> TokenDataset:
   """Returns the tokens of a data set, from its cache, built where missing.
@@ -139,40 +139,37 @@ def load(
     inputs: one of `examples.INPUTS`.
     is_builder: whether this process of the run builds; exactly one must.
       Of several runs one builds, and the others wait for it.
-    barrier: called once by every process; returns when all have called it.
+    agree: called twice by every process, with hashes of what the tokens are
+      of, and when they are in the cache; returns when all have called it.
     **lengths: the fields of `truncation.Limits`.
 
   Raises:
-    ValueError: a length is out of range, the data cannot be read, or no row of
-      it is kept.
+    ValueError: a length is out of range, the data cannot be read, no row of it
+      is kept, or another process has other data or another tokenizer.
   """
   limits = truncation.Limits(**lengths)
   settings = {"inputs": inputs} | dataclasses.asdict(limits)
   dataset = None
-  try:
-    key = [
-      CACHE_VERSION,
-      examples.fingerprint(source, path, split),
-      tokenize.fingerprint(tokenizer),
-      settings,
-    ]
-    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
-    folder = pathlib.Path(cache_dir) / name
-    if is_builder:
-      dataset = _open(folder)
-    if is_builder and dataset is None:
-      folder.parent.mkdir(parents=True, exist_ok=True)
-      caches.sweep(folder.parent)
-      with caches.lock(folder):
-        dataset = _open(folder)  # another run may have built it meanwhile
-        if dataset is None:
-          caches.remove(folder)
-          rows = examples.read(source, path, split=split, inputs=inputs)
-          tokenized = _tokenize(rows, path, tokenizer, settings)
-          with endings.writing(folder):
-            _write(folder, *tokenized)
-  finally:
-    barrier()  # also on an error, or the others would wait for ever
+  data = examples.fingerprint(source, path, split)
+  tokens = tokenize.fingerprint(tokenizer)
+  key = [CACHE_VERSION, data, tokens, settings]
+  text_hash = lambda text: hashlib.sha256(text.encode()).hexdigest()
+  agree({f"content of {path}": data, "tokenizer": text_hash(tokens)})
+  folder = pathlib.Path(cache_dir) / text_hash(json.dumps(key))[:32]
+  if is_builder:
+    dataset = _open(folder)
+  if is_builder and dataset is None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    caches.sweep(folder.parent)
+    with caches.lock(folder):
+      dataset = _open(folder)  # another run may have built it meanwhile
+      if dataset is None:
+        caches.remove(folder)
+        rows = examples.read(source, path, split=split, inputs=inputs)
+        tokenized = _tokenize(rows, path, tokenizer, settings)
+        with endings.writing(folder):
+          _write(folder, *tokenized)
+  agree({f"cache of {path}": folder.name})
   dataset = dataset or _open(folder)
   if dataset is None:
     raise ValueError(

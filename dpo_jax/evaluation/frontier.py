@@ -6,7 +6,6 @@ is float64 numpy; one sample is one response to one prompt.
 """
 
 import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from matplotlib import axes, figure
 
+from dpo_jax import files
 from dpo_jax.types import Array, typed
 
 # Of the gain over the reference: what the line may lose with half the samples.
@@ -227,7 +227,6 @@ def write(
     reward_name: what the reward is called on the figure's axis.
   """
   folder = pathlib.Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
   fig = figure.Figure(figsize=(5.5, 3.8), layout="constrained")
   draw(
     fig.subplots(),
@@ -236,14 +235,14 @@ def write(
     reference_label=reference_label,
     reward_name=reward_name,
   )
-  fig.savefig(folder / "frontier.png", dpi=200)
+  with files.replacing(folder / "frontier.png") as part:
+    fig.savefig(part, dpi=200, format="png")
   record = {
     "units": {"kl": "nats per response", "errors": "standard error"},
     "points": [dataclasses.asdict(point) for point in points],
     "frontier": frontier and _frontier_record(frontier),
   }
-  text = json.dumps(record, indent=2, allow_nan=False)
-  (folder / "frontier.json").write_text(text + "\n")
+  files.write_json(folder / "frontier.json", record, allow_nan=False)
   return table(points, frontier)
 
 

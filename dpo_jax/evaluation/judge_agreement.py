@@ -7,13 +7,12 @@ judge is as good as people when it agrees with one as often as another does.
 import collections
 import dataclasses
 import itertools
-import json
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from dpo_jax import markdown
+from dpo_jax import files, markdown
 from dpo_jax.data import jsonl, xz
 from dpo_jax.evaluation import intervals, judges, win_rate_report
 from dpo_jax.evaluation.judges import Comparison, Decision
@@ -119,12 +118,10 @@ def evaluate(
   settings = {"judge": judge.name, "order": order, "seed": seed}
   found[0] |= settings | {"usage": judge.usage()}
   folder = pathlib.Path(output)
-  folder.mkdir(parents=True, exist_ok=True)
-  lines = list(map(_record, rows, decisions))
-  for name, records in (("comparisons", lines), ("summary", found)):
-    text = "".join(json.dumps(x, allow_nan=False) + "\n" for x in records)
-    (folder / f"{name}.jsonl").write_text(text)
-  (folder / "summary.md").write_text(table(found) + "\n")
+  lines = map(_record, rows, decisions)
+  files.write_lines(folder / "comparisons.jsonl", lines, allow_nan=False)
+  files.write_lines(folder / "summary.jsonl", found, allow_nan=False)
+  files.write_text(folder / "summary.md", table(found) + "\n")
   return table(found)
 
 

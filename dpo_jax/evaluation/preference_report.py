@@ -8,7 +8,6 @@ here is float64 numpy.
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib import axes, figure
 
+from dpo_jax import files
 from dpo_jax.evaluation import intervals
 from dpo_jax.types import Array, typed
 
@@ -167,16 +167,17 @@ def write(
     beta: scales log-ratios to rewards.
   """
   folder = pathlib.Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
   found = summaries(pairs, beta)
-  _write_lines(folder / "pairs.jsonl", [_record(x, beta) for x in pairs])
-  _write_lines(folder / "summary.jsonl", found)
+  lines = (_record(x, beta) for x in pairs)
+  files.write_lines(folder / "pairs.jsonl", lines, allow_nan=False)
+  files.write_lines(folder / "summary.jsonl", found, allow_nan=False)
   fig = figure.Figure(figsize=(10, 3.4), layout="constrained")
   left, middle, right = fig.subplots(1, 3)
   _draw_logratios(left, found[0])
   _draw_calibration(middle, found[0])
   _draw_accuracies(right, found)
-  fig.savefig(folder / "preferences.png", dpi=200)
+  with files.replacing(folder / "preferences.png") as part:
+    fig.savefig(part, dpi=200, format="png")
   return table(found)
 
 
@@ -219,15 +220,6 @@ def _record(pair: Pair, beta: float) -> dict[str, Any]:
     "length/chosen": pair.lengths[0],
     "length/rejected": pair.lengths[1],
   }
-
-
-def _write_lines(path: pathlib.Path, lines: Sequence[dict[str, Any]]) -> None:
-  """Writes JSON lines, all or none."""
-  part = path.with_suffix(".part")
-  with part.open("w") as file:
-    for line in lines:
-      file.write(json.dumps(line, allow_nan=False) + "\n")
-  part.replace(path)
 
 
 def _draw_logratios(ax: axes.Axes, summary: dict[str, Any]) -> None:

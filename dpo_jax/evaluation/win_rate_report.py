@@ -2,14 +2,13 @@
 
 import collections
 import dataclasses
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 from matplotlib import axes, figure
 
-from dpo_jax import markdown
+from dpo_jax import files, markdown
 from dpo_jax.evaluation import frontier, judges, win_rate
 from dpo_jax.evaluation.win_rate import Cell, Match
 
@@ -66,17 +65,15 @@ def write(
     decisions: of each.
   """
   folder = pathlib.Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
-  with (folder / "comparisons.jsonl").open("w") as file:
-    for one, decision in zip(matches, decisions, strict=True):
-      file.write(json.dumps(_record(one, decision)) + "\n")
+  lines = (_record(*x) for x in zip(matches, decisions, strict=True))
+  files.write_lines(folder / "comparisons.jsonl", lines)
   record = settings | {"cells": [dataclasses.asdict(cell) for cell in cells]}
-  text = json.dumps(record, indent=2, allow_nan=False)
-  (folder / "win_rate.json").write_text(text + "\n")
-  (folder / "win_rate.md").write_text(table(cells) + "\n")
+  files.write_json(folder / "win_rate.json", record, allow_nan=False)
+  files.write_text(folder / "win_rate.md", table(cells) + "\n")
   fig = figure.Figure(figsize=(5.5, 3.8), layout="constrained")
   draw(fig.subplots(), cells)
-  fig.savefig(folder / "win_rate.png", dpi=200)
+  with files.replacing(folder / "win_rate.png") as part:
+    fig.savefig(part, dpi=200, format="png")
   return table(cells)
 
 

@@ -7,7 +7,6 @@ holds which of our parameters.
 import itertools
 import json
 import os
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dpo_jax import schema
+from dpo_jax import files, schema
 from dpo_jax.models import (
   finite,
   huggingface_config,
@@ -30,6 +29,7 @@ from dpo_jax.types import Params
 
 WEIGHTS, INDEX = huggingface_tensors.WEIGHTS, huggingface_tensors.INDEX
 SHARD = "model-{:05d}-of-{:05d}.safetensors"
+WEIGHT_FILES = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
 
 # The parts of a hub repository that a model and its tokenizer are made of.
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
@@ -126,8 +126,8 @@ def save_model(
 ) -> None:
   """Writes config.json and the parameters, in the dtype that they have.
 
-  Every process calls this; the first one writes. Parameters come to the host
-  one tensor of the file at a time.
+  Every process calls this; the first one writes, whole or not at all (see
+  `files.folder`). Parameters come to the host one tensor of the file at a time.
 
   Args:
     folder: made if absent; a model that it holds is replaced.
@@ -144,30 +144,25 @@ def save_model(
   writes = jax.process_index() == 0
   outputs = _outputs(config, params)
   shards = _shards(outputs, max_shard_bytes)
-  if writes:
-    os.makedirs(folder, exist_ok=True)
-  for name, members in shards.items():
-    safetensors.write_file(
-      os.path.join(folder, name) if writes else None, members
-    )
   if not writes:
+    for members in shards.values():
+      safetensors.write_file(None, members)
     return
-  for name in os.listdir(folder):
-    is_weights = re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", name)
-    if (is_weights and name not in shards) or name == INDEX:
-      os.remove(os.path.join(folder, name))
-  if len(shards) > 1:
-    total = sum(output.num_bytes for output in outputs)
-    weight_map = {
-      output.name: name
-      for name, members in shards.items()
-      for output in members
-    }
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_json(os.path.join(folder, INDEX), index)
-  write_config(
-    folder, config, bos_token_id=bos_token_id, eos_token_id=eos_token_id
-  )
+  with files.folder(folder, marker="config.json", stale=WEIGHT_FILES) as part:
+    for name, members in shards.items():
+      safetensors.write_file(os.path.join(part, name), members)
+    if len(shards) > 1:
+      total = sum(output.num_bytes for output in outputs)
+      weight_map = {
+        output.name: name
+        for name, members in shards.items()
+        for output in members
+      }
+      index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+      write_json(os.path.join(part, INDEX), index)
+    write_config(
+      str(part), config, bos_token_id=bos_token_id, eos_token_id=eos_token_id
+    )
 
 
 def write_config(

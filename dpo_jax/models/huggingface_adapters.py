@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dpo_jax import schema
+from dpo_jax import files, schema
 from dpo_jax.models import (
   finite,
   huggingface,
@@ -157,7 +157,9 @@ def save(
   base: str,
   dtype: str = "float32",
 ) -> None:
-  """Writes an adapter folder. Every process calls this; the first one writes.
+  """Writes an adapter folder, whole or not at all.
+
+  Every process calls this; the first one writes.
 
   Args:
     folder: made if absent; an adapter that it holds is replaced.
@@ -192,8 +194,6 @@ def save(
       joined = _join(tensor, at_layer, places)
       for name, array in zip(("lora_A", "lora_B"), joined):
         outputs.append(_output(_key(tensor, name, layer), array, dtype))
-  os.makedirs(folder, exist_ok=True)
-  safetensors.write_file(os.path.join(folder, WEIGHTS), outputs)
   alphas = {name: config.lora.scale * rank for name, rank in ranks.items()}
   values = {
     "peft_type": "LORA",
@@ -210,7 +210,9 @@ def save(
     "fan_in_fan_out": not any(tensor.transposed for tensor in modules),
     "inference_mode": True,
   }
-  huggingface.write_json(os.path.join(folder, CONFIG), values)
+  with files.folder(folder, marker=CONFIG) as part:
+    safetensors.write_file(os.path.join(part, WEIGHTS), outputs)
+    huggingface.write_json(os.path.join(part, CONFIG), values)
 
 
 def _open(folder: str) -> dict[str, safetensors.Stored]:

@@ -28,8 +28,10 @@ A stage whose file is there, or whose run is finished, is skipped.
 
 import copy
 import dataclasses
+import hashlib
 import itertools
 import json
+import os
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -39,13 +41,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from dpo_jax import experiment, markdown, trainer
+from dpo_jax import experiment, files, markdown, processes, trainer
 from dpo_jax import policy as policy_lib
 from dpo_jax.checkpoints import run_folder
 from dpo_jax.data import chat, tokenize
 from dpo_jax.evaluation import frontier
 from dpo_jax.losses import objectives
-from dpo_jax.pipelines import stages
 from dpo_jax.rewards import registry
 from dpo_jax.sampling import decode
 from dpo_jax.training import reference as reference_lib
@@ -117,10 +118,21 @@ def run(
   # Rounds of other lengths would follow samples that are there already.
   lengths = {key: plain[key] for key in run_folder.LENGTH_KEYS}
   plain["iterative"] = dataclasses.asdict(settings) | lengths
-  run_folder.check_config(workdir, plain)
+  processes.agree(
+    run_folder.flatten({"config": plain})
+    | {"--workdir": os.path.abspath(workdir), "--rounds": rounds}
+  )
   prompts = policy_lib.read_prompts(
     settings.data_source, settings.data, split=settings.split
   )
+  digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
+  processes.agree({f"prompts of {settings.data}": digest})
+  with run_folder.owned(workdir, "works in"):
+    return _run(config, workdir, settings, rounds, plain, prompts)
+
+
+def _run(config, workdir, settings, rounds, plain, prompts) -> bool:
+  run_folder.check_config(workdir, plain)
   folder = pathlib.Path(workdir)
   if jax.process_index() == 0:
     folder.mkdir(parents=True, exist_ok=True)
@@ -129,7 +141,7 @@ def run(
   for number in itertools.count(1):
     samples = folder / f"samples_{number}.jsonl"
     if not samples.exists():
-      _say(f"== samples of {policy}")
+      processes.say(f"== samples of {policy}")
       rows = _sample(policy, prompts, settings, plain, number)
       _write(samples, rows)
     rows = [json.loads(line) for line in samples.read_text().splitlines()]
@@ -138,7 +150,7 @@ def run(
     lines.append(line | _summary(rows))
     _write(folder / "rounds.jsonl", lines)
     if number > rounds:
-      _say(table(lines, settings.sampling))
+      processes.say(table(lines, settings.sampling))
       return True
     if not pairs:
       raise ValueError(
@@ -151,7 +163,7 @@ def run(
     changed = _round_config(config, settings, policy, str(path))
     policy = str(folder / f"round_{number}")
     if not run_folder.is_finished(policy, experiment.to_plain(changed)):
-      _say(f"== round {number} of {rounds}")
+      processes.say(f"== round {number} of {rounds}")
       if not trainer.train(changed, policy):
         return False
 
@@ -364,10 +376,5 @@ def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 def _write(path: pathlib.Path, rows: Iterable[dict[str, Any]]) -> None:
   """Writes JSON lines, all or nothing, for all processes."""
   if jax.process_index() == 0:
-    stages.write_lines(path, rows)
+    files.write_lines(path, rows)
   multihost_utils.sync_global_devices(f"{path.name} written")
-
-
-def _say(text: str) -> None:
-  if jax.process_index() == 0:
-    print(text, flush=True)

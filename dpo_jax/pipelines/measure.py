@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from dpo_jax import files
 from dpo_jax.data import tokenize
 from dpo_jax.evaluation import frontier
-from dpo_jax.pipelines import stages
 from dpo_jax.policy import Policy
 from dpo_jax.rewards.registry import RewardFn
 from dpo_jax.sampling import decode
@@ -119,5 +119,5 @@ def write_pairs(
           keys = (name.format(side) for name in names)
           row |= dict(zip(keys, values, strict=True))
         rows.append(row)
-  stages.write_lines(path, rows)
+  files.write_lines(path, rows)
   return num_ties

@@ -5,8 +5,8 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from dpo_jax import files
 from dpo_jax.data import examples
-from dpo_jax.pipelines import stages
 from dpo_jax.pipelines.preference_tasks import Scale, Task
 
 HELD_OUT_SHARE = 16  # one pair of so many chooses the reward model
@@ -29,19 +29,19 @@ def write(
   """
   folder = path.parent / "data"
   kept, counts = _read(data, task, scale, "train", lambda _: True)
-  stages.write_lines(
+  files.write_lines(
     folder / "train.jsonl",
     (x for n, x in enumerate(kept) if n % HELD_OUT_SHARE),
   )
   held_out = kept[::HELD_OUT_SHARE]
-  stages.write_lines(folder / "held_out.jsonl", held_out)
+  files.write_lines(folder / "held_out.jsonl", held_out)
   trained_on = {x["prompt"] for x in kept}
   is_new = lambda x: task.is_test(x) and x["prompt"] not in trained_on
   test, test_counts = _read(data, task, scale, "test", is_new)
-  stages.write_lines(folder / "test.jsonl", test)
+  files.write_lines(folder / "test.jsonl", test)
   record = {"train": counts, "held_out": len(held_out), "test": test_counts}
   print(f"data: {json.dumps(record)}", flush=True)
-  stages.replace(path, json.dumps(record, indent=2) + "\n")
+  files.write_json(path, record)
 
 
 def response(row: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from dpo_jax import policy
+from dpo_jax import files, policy
 from dpo_jax.checkpoints import manager
 from dpo_jax.data import examples
 from dpo_jax.evaluation import intervals, judges, win_rate_report
@@ -137,8 +137,7 @@ class _Experiment:
     settings |= {"model": self.model, "methods": list(self.task.methods)}
     settings |= {key: str(x) for key, x in vars(self.scale).items()}
     if not path.exists():
-      path.parent.mkdir(parents=True, exist_ok=True)
-      stages.replace(path, json.dumps(settings, indent=2) + "\n")
+      files.write_json(path, settings)
     before = json.loads(path.read_text())
     for key, value in settings.items():
       if before.get(key) != value:
@@ -195,7 +194,7 @@ class _Experiment:
           rows, map(self._trimmed, _read_rows(output)), strict=True
         )
       )
-      stages.write_lines(path.with_name(f"{part}.jsonl"), pairs)
+      files.write_lines(path.with_name(f"{part}.jsonl"), pairs)
 
   def _sample(
     self, name: str, temperature: float, output: pathlib.Path
@@ -264,8 +263,8 @@ class _Experiment:
           rows += self._best(found)
     for method in dict.fromkeys(x["method"] for x in rows):
       mine = (x for x in rows if x["method"] == method)
-      stages.write_lines(path.with_name(f"{method}.jsonl"), mine)
-    stages.write_lines(path, test)
+      files.write_lines(path.with_name(f"{method}.jsonl"), mine)
+    files.write_lines(path, test)
 
   def _trimmed(self, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a sample whose response is as the data writes responses.
@@ -311,7 +310,7 @@ class _Experiment:
       prompts = [rows[n]["prompt"] for n in here]
       found = intervals.share(points[here].tolist(), prompts, by_group=False)
       record["subsets"][kind] = {"pairs": len(here)} | found
-    stages.replace(path, json.dumps(record, indent=2) + "\n")
+    files.write_json(path, record)
 
   def _write_win_rates(self, path: pathlib.Path) -> None:
     sft, *others = self.policies
@@ -338,7 +337,7 @@ class _Experiment:
           for x in _read_rows(output)
         ]
     responses = path.parent / "responses.jsonl"
-    stages.write_lines(responses, rows)
+    files.write_lines(responses, rows)
     self._judge([responses], path.parent)
 
   def _judge(self, files: Sequence[pathlib.Path], output: pathlib.Path) -> None:
@@ -358,7 +357,7 @@ class _Experiment:
     text = preferences_report.make(
       self.folder, self.task, self.scale.max_new_tokens, start
     )
-    stages.replace(self.folder / "report.md", text)
+    files.write_text(self.folder / "report.md", text)
     print(text, flush=True)
     return True
 

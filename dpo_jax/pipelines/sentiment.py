@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from dpo_jax import files
 from dpo_jax import policy as policy_lib
 from dpo_jax.checkpoints import manager
 from dpo_jax.evaluation import frontier, matched_kl
@@ -224,13 +225,10 @@ class _Experiment:
     count = self._plan.frontier_samples
     samples = prompts.sample(reference, count, seed=3)
     learned_fn = learned.load(str(self._runs["reward_model"]))
-    part = self._folder / "part.npz"
-    np.savez(
-      part,
-      true=prompts.scores(reference, samples),
-      learned=prompts.scores(reference, samples, learned_fn),
-    )
-    part.replace(path)
+    true = prompts.scores(reference, samples)
+    found = prompts.scores(reference, samples, learned_fn)
+    with files.replacing(path) as part, part.open("wb") as file:
+      np.savez(file, true=true, learned=found)
 
   def _unmeasured(self, path) -> list[int]:
     """Returns the checkpoints of a run that are no dots yet."""
@@ -284,7 +282,7 @@ class _Experiment:
         _indented(stages.read_seconds(self._folder)),
       ]
     )
-    (self._folder / "report.md").write_text(report + "\n")
+    files.write_text(self._folder / "report.md", report + "\n")
     print(report, flush=True)
     return True
 
@@ -309,7 +307,7 @@ class _Experiment:
     found = {}
     lines = self._points.read_text().splitlines(keepends=True)
     if lines and not lines[-1].endswith("\n"):  # killed while it was written
-      stages.replace(self._points, "".join(lines[:-1]))
+      files.write_text(self._points, "".join(lines[:-1]))
       lines.pop()
     for line in lines:
       row = json.loads(line)

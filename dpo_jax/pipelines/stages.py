@@ -5,18 +5,15 @@ A file or folder that is there is whole: a stage can be skipped by it.
 
 import dataclasses
 import json
-import os
 import pathlib
-import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from ml_collections import ConfigDict
 
-from dpo_jax import experiment, trainer
+from dpo_jax import experiment, files, trainer
 from dpo_jax.checkpoints import run_folder
-from dpo_jax.data import bpe, tokenize
+from dpo_jax.data import bpe
 
 SECONDS = "seconds.json"
 ENDINGS = (".jsonl", ".jsonl.xz", ".jsonl.gz")
@@ -85,7 +82,7 @@ def run_all(folder: pathlib.Path, stages: Sequence[Stage]) -> bool:
     finally:
       took = time.monotonic() - begun
       seconds[stage.name] = seconds.get(stage.name, 0.0) + took
-      replace(path, json.dumps(seconds, indent=2) + "\n")
+      files.write_json(path, seconds)
   return True
 
 
@@ -112,25 +109,8 @@ def find_file(folder: str, name: str) -> str:
   return str(found[0])
 
 
-def replace(path: pathlib.Path, text: str) -> None:
-  """Writes a file, whole or not at all."""
-  part = path.with_name(path.name + ".part")
-  part.write_text(text)
-  os.replace(part, path)
-
-
-def write_lines(path: pathlib.Path, rows: Iterable[dict[str, Any]]) -> None:
-  """Writes JSON lines, all or none; makes the folder."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  replace(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
 def write_tokenizer(
   path: pathlib.Path, source: str, data: str, vocab_size: int
 ) -> None:
   """Trains a tokenizer on demonstrations; see `bpe.texts` and `bpe.train`."""
-  part = path.with_name(path.name + ".part")
-  shutil.rmtree(part, ignore_errors=True)
-  tokenizer = bpe.train(bpe.texts(source, [data], ""), vocab_size)
-  tokenize.save_tokenizer(tokenizer, part)
-  part.rename(path)
+  bpe.write(bpe.train(bpe.texts(source, [data], ""), vocab_size), path)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from matplotlib import axes, figure
 
-from dpo_jax import markdown
+from dpo_jax import files, markdown
 from dpo_jax.checkpoints import run_folder
 from dpo_jax.evaluation import frontier
 from dpo_jax.sweeps.points import ARGUMENT, Point
@@ -76,10 +76,9 @@ def write(
   Raises:
     ValueError: no finished run has the metric; then only sweep.csv is written.
   """
-  folder.mkdir(parents=True, exist_ok=True)
   known = sorted({key for row in rows for key in row.metrics})
   keys = sorted({key for row in rows for key in row.point.values})
-  _replace(folder / "sweep.csv", _csv(rows, keys, known).encode())
+  files.write_text(folder / "sweep.csv", _csv(rows, keys, known))
   if not metric.startswith(("eval/", "train/")):
     metric = f"eval/{metric}"
   if known and metric not in known:
@@ -96,12 +95,11 @@ def write(
   ]
   head = [*keys, "status", metric]
   text = markdown.table(head, cells, is_padded=True) + "\n"
-  _replace(folder / "sweep.md", text.encode())
-  image = io.BytesIO()
+  files.write_text(folder / "sweep.md", text)
   fig = figure.Figure(figsize=(5.5, 3.8), layout="constrained")
   draw(fig.subplots(), rows, metric=metric, x=x)
-  fig.savefig(image, dpi=200, format="png")
-  _replace(folder / "sweep.png", image.getvalue())
+  with files.replacing(folder / "sweep.png") as part:
+    fig.savefig(part, dpi=200, format="png")
   return text
 
 
@@ -180,10 +178,3 @@ def _text(value: Any) -> str:
 
 def _is_number(value: Any) -> bool:
   return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-def _replace(path: pathlib.Path, content: bytes) -> None:
-  """Writes a file, whole or not at all."""
-  part = path.with_name(path.name + ".part")
-  part.write_bytes(content)
-  part.replace(path)

@@ -16,7 +16,7 @@ import tqdm
 from tensorboardX import event_file_writer, summary
 from tensorboardX.proto import event_pb2
 
-from dpo_jax import endings
+from dpo_jax import endings, files
 
 
 class Recorder:
@@ -185,9 +185,4 @@ def _drop_after(path: pathlib.Path, step: int) -> None:
       ) from error
     if line_step <= step and line.endswith(b"\n"):
       kept.append(line)
-  part = path.with_name(path.name + ".part")
-  with part.open("wb") as file:
-    file.writelines(kept)
-    file.flush()
-    os.fsync(file.fileno())
-  part.replace(path)
+  files.write_bytes(path, b"".join(kept))

@@ -1,7 +1,9 @@
-"""When a run folder says that its run came to its end."""
+"""Whose a run folder is, and when it says that its run came to its end."""
 
 import pytest
 
+from configs import quickstart
+from dpo_jax import processes, trainer
 from dpo_jax.checkpoints import run_folder
 
 CONFIG = {"steps": 5, "epochs": 1, "seed": 0}
@@ -30,6 +32,23 @@ def test_a_run_that_is_to_be_longer_is_not_finished(longer, finished):
 def test_a_run_that_begins_again_is_not_finished(finished):
   run_folder.write_config(finished, CONFIG)
   assert not run_folder.is_finished(finished, CONFIG)
+
+
+def test_a_second_run_in_the_folder_is_refused_before_it_writes(tmp_path):
+  config = quickstart.get_config("sft")
+  with run_folder.owned(tmp_path / "run", "trains in"):
+    with pytest.raises(ValueError, match="another process trains in .*/run$"):
+      trainer.train(config, str(tmp_path / "run"))
+    assert [x.name for x in (tmp_path / "run").iterdir()] == [".lock"]
+  assert not (tmp_path / "run").exists()
+
+
+def test_the_first_of_several_processes_owns_the_folder(tmp_path, monkeypatch):
+  with run_folder.owned(tmp_path, "trains in"):
+    monkeypatch.setattr(processes, "is_first", lambda: False)
+    with run_folder.owned(tmp_path, "trains in"):
+      pass
+    assert (tmp_path / ".lock").exists()
 
 
 def test_values_are_flattened_by_dotted_keys():

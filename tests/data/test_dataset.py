@@ -245,18 +245,37 @@ def test_failed_write_leaves_nothing(load, tmp_path, monkeypatch):
 
 
 def test_others_wait_for_the_builder(load, tmp_path):
-  """The barrier of a process that does not build lets the builder build."""
-  tokens = load(is_builder=False, barrier=load)
+  """Where a process that does not build waits, the builder builds."""
+  builds = iter([None, load])
+  tokens = load(is_builder=False, agree=lambda _: (next(builds) or str)())
   assert len(tokens.lengths) == 5
 
 
-def test_builder_that_fails_lets_the_others_go(load):
-  calls = []
-  with pytest.raises(ValueError, match="no column 'rejected'"):
-    load([{"prompt": "p", "chosen": "c"}], barrier=lambda: calls.append(1))
-  assert calls == [1]
+def test_a_builder_that_left_nothing_is_said(load):
   with pytest.raises(ValueError, match="left no cache"):
-    load(is_builder=False, barrier=lambda: None)
+    load(is_builder=False)
+
+
+def test_processes_compare_data_and_tokenizer_before_they_build(
+  load, count_builds
+):
+  said = []
+  load(agree=lambda values: said.append(dict(values)))
+  first, last = said
+  assert len(first) == 2 and len(last) == 1
+  said.clear()
+  load(PAIRS[:4], agree=lambda values: said.append(dict(values)))
+  changed = {key for key in first if said[0][key] != first[key]}
+  (key,) = changed
+  assert key.startswith("content of ") and key.endswith("pairs.jsonl")
+
+  def differ(values):
+    raise ValueError(f"differ: {', '.join(values)}")
+
+  count_builds.clear()
+  with pytest.raises(ValueError, match=r"differ: content of .*, tokenizer"):
+    load(PAIRS[:3], agree=differ)
+  assert not count_builds
 
 
 def test_no_row_kept_is_refused_with_the_reasons(load, tmp_path):

@@ -9,6 +9,7 @@ import pytest
 
 from configs import quickstart
 from dpo_jax import trainer
+from dpo_jax.checkpoints import run_folder
 from dpo_jax.data import synthetic
 from dpo_jax.models import config as model_config
 from dpo_jax.pipelines import iterative
@@ -270,3 +271,10 @@ def test_rounds_raise_the_true_reward_by_more_than_three_errors(tmp_path):
   for before, after in zip(lines, lines[1:]):
     error = (before["reward_error"] ** 2 + after["reward_error"] ** 2) ** 0.5
     assert after["reward"] > before["reward"] + 3 * error, out
+
+
+def test_one_process_works_in_the_folder(folder, tmp_path):
+  with run_folder.owned(tmp_path, "works in"):
+    with pytest.raises(ValueError, match="another process works in "):
+      iterative.run(_config(folder), str(tmp_path), _settings(folder), rounds=1)
+  assert not list(tmp_path.iterdir())

@@ -8,7 +8,8 @@ import pytest
 
 from configs import hh_dialogue, tldr_summarization
 from dpo_jax import experiment as checks
-from dpo_jax.pipelines import preference_tasks, preferences, stages
+from dpo_jax import files
+from dpo_jax.pipelines import preference_tasks, preferences
 from tests import test_end_to_end
 
 WORDS = "rice soup tea bread cheese apple salt pepper onion egg".split()
@@ -162,7 +163,7 @@ def test_pairs_of_summaries_are_the_authors_against_samples(tmp_path):
   rows = preferences._read_rows(folder / "data/train.jsonl")
   held_out = preferences._read_rows(folder / "data/held_out.jsonl")
   for part, kept in (("train", rows), ("held_out", held_out)):
-    stages.write_lines(
+    files.write_lines(
       folder / f"samples/pairs_{part}.jsonl",
       [
         {"response": f"sample {n} \n", "ended": n % 2 == 0}
