@@ -27,16 +27,24 @@ Tokenizer = transformers.PreTrainedTokenizerBase
 
 
 def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-  """Returns the token ids of texts, to which no special token is added."""
+  """Returns the token ids of texts, to which no special token is added.
+
+  Raises:
+    ValueError: a text that the tokenizer has no tokens for.
+  """
   if not texts:
     return []
-  return tokenizer(
-    texts,
-    add_special_tokens=False,
-    return_attention_mask=False,
-    return_token_type_ids=False,
-    verbose=False,  # no warning about lengths, which are cut later
-  )["input_ids"]
+  try:
+    return tokenizer(
+      texts,
+      add_special_tokens=False,
+      return_attention_mask=False,
+      return_token_type_ids=False,
+      verbose=False,  # no warning about lengths, which are cut later
+    )["input_ids"]
+  except Exception as error:  # `tokenizers` raises bare Exceptions
+    reason = " ".join(str(error).split())
+    raise ValueError(f"the tokenizer cannot encode it: {reason}") from error
 
 
 def encode_behind(

@@ -312,7 +312,7 @@ def _tokenize_chunk(
   where: Callable[[int], str],
 ) -> Iterator[tuple[dict, tuple[list[int], ...]]]:
   """Yields rows that are not dropped, with tokens of prompt and responses."""
-  kept, befores, wholes, ended = [], [], [], []
+  kept, befores, wholes, ended, places = [], [], [], [], []
   for number, row in enumerate(rows, report.read + 1):
     if "dropped" in row:
       report.drop(row["dropped"])
@@ -328,11 +328,18 @@ def _tokenize_chunk(
           )
           wholes.append((before, whole))
           ended.append(has_end)
+          places.append(where(number))
     kept.append(row)
     befores.append(before)
   report.read += len(rows)
-  prompts = _encode_prompts(tokenizer, [x["prompt"] for x in kept], befores)
-  encoded = iter(_encode_responses(tokenizer, wholes, ended))
+  try:
+    prompts = _encode_prompts(tokenizer, [x["prompt"] for x in kept], befores)
+    encoded = iter(_encode_responses(tokenizer, wholes, ended))
+  except ValueError:  # of some text among many: which one is said
+    for place, (_, whole) in zip(places, wholes, strict=True):
+      with _naming(place):
+        continuation.encode(tokenizer, [whole])
+    raise
   for row, prompt in zip(kept, prompts, strict=True):
     lists = [None if x is None else next(encoded) for x in _responses(row)]
     if [] in lists:  # as empty as a response that is absent

@@ -6,6 +6,7 @@ import resource
 import hypothesis
 import numpy as np
 import pytest
+import tokenizers
 import transformers
 from hypothesis import strategies as st
 
@@ -415,3 +416,15 @@ def test_real_bare_tokenizers_know_their_end(name, ids, shared_dir):
   tokenizer = tokenize.load_tokenizer(str(path))
   assert tokenizer.eos_token == "<|endoftext|>"
   assert tokenize.encode_prompts(tokenizer, ["Hello world"]) == [ids]
+
+
+def test_a_text_without_tokens_is_refused_by_its_row():
+  """A tokenizer without an unknown token, which its library takes for a bug."""
+  words = tokenizers.models.WordLevel({"a": 0, "b": 1, "</s>": 2}, "<unk>")
+  backend = tokenizers.Tokenizer(words)
+  backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+  tokenizer = transformers.PreTrainedTokenizerFast(
+    tokenizer_object=backend, eos_token="</s>"
+  )
+  with pytest.raises(ValueError, match="^row 2: the tokenizer cannot encode"):
+    run([pair("a", " b", " a"), pair("a", " b", " c")], tokenizer)
