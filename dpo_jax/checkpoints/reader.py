@@ -197,8 +197,10 @@ def _abandoned_reads_hushed() -> Iterator[None]:
   sys.unraisablehook, asyncio_logger.disabled = lambda _: None, True
   try:
     yield
+  except BaseException:
+    gc.collect()  # lets go of those reads while nothing of them is heard
+    raise
   finally:
-    gc.collect()
     sys.unraisablehook, asyncio_logger.disabled = hook, disabled
 
 
