@@ -27,6 +27,14 @@ import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_of_this_file_only():
+  """Lets go of compiled programs, of which a worker would hold gigabytes."""
+  yield
+  jax.clear_caches()
+
+
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 
 

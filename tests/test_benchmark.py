@@ -121,6 +121,7 @@ def test_products_are_those_that_a_token_needs(num_experts):
   assert counted == pytest.approx(needed, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_command_times_sampling(tmp_path):
   output = tmp_path / "speed.json"
   process = test_end_to_end.start(

@@ -119,6 +119,7 @@ def test_a_run_leaves_what_the_contract_says(tmp_path):
   assert train(workdir, "--config.data.eval_path=pairs:30") == lines
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
   every = ("--config.steps=30", "--config.checkpoint.every=5")
   whole = train(tmp_path / "whole", *every)
@@ -214,6 +215,7 @@ def test_two_processes_equal_one_and_restore_each_other(tmp_path, mode):
   assert [line["step"] for line in train(two, *more)][-2:] == [7, 8]
 
 
+@pytest.mark.slow
 def test_an_exported_run_is_a_model_again(tmp_path):
   run, exported = tmp_path / "run", tmp_path / "exported"
   train(run)

@@ -29,7 +29,7 @@ RUNS = {
 }
 
 
-QUICK = [("llama", "wpo"), ("gpt2", "sigmoid"), ("sentencepiece", "ipo")]
+QUICK = [("gpt2", "sigmoid"), ("sentencepiece", "ipo")]
 ALL = [
   pytest.param(
     family,

@@ -57,6 +57,7 @@ def test_a_run_leaves_metrics_and_a_decoder(whole):
   assert ppo.VALUE_HEAD not in end_to_end.params(whole)
 
 
+@pytest.mark.slow
 def test_a_run_lost_after_two_iterations_goes_on_bit_for_bit(whole, tmp_path):
   parted = tmp_path / "run"
   shutil.copytree(whole, parted)

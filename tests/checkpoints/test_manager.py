@@ -293,9 +293,8 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_taken(
   _assert_equal(restored, states[2])
 
 
-@pytest.mark.parametrize(
-  "damage", ["truncated", pytest.param("missing", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
 def test_damage_to_any_file_restores_right_or_falls_back(
   tmp_path, mesh, damage
 ):

@@ -170,6 +170,7 @@ def test_wrong_setting_is_refused(kwargs, message):
     make_loader(**kwargs)
 
 
+@pytest.mark.slow
 def test_padding_on_real_dialogues_is_under_6_percent(shared_dir, tmp_path):
   tokens = dataset.load(
     tmp_path,

@@ -314,6 +314,7 @@ def test_short_spans_need_few_rows():
   assert (by_spans, by_tokens) == (8, 8)
 
 
+@pytest.mark.slow
 def test_100000_pairs_pack_in_under_10_seconds():
   rng = np.random.default_rng(0)
   means = np.array([[100.0, 50.0, 50.0]])

@@ -88,6 +88,7 @@ def test_runs_before_the_rule_was_a_setting_cut_all_prompts():
   assert made == truncation.Limits(9, 4, "never")
 
 
+@pytest.mark.slow
 def test_prompts_of_dialogues_are_cut_as_their_authors_cut_them(shared_dir):
   """Of 3,000 rows 421 prompts of 900 that are too long fit as they are."""
   path = str(shared_dir / "data/hh/train.jsonl.xz")

@@ -226,12 +226,11 @@ def test_training_lowers_the_loss_and_the_export_keeps_it(
   ("case", "axes"),
   [
     ("mixtral", (1, 2, 2, 2)),
-    pytest.param("mixtral", (2, 1, 1, 4), marks=pytest.mark.slow),
-    *(
-      pytest.param(case, (2, 2, 2, 1), marks=pytest.mark.slow) for case in CASES
-    ),
+    ("mixtral", (2, 1, 1, 4)),
+    *((case, (2, 2, 2, 1)) for case in CASES),
   ],
 )
+@pytest.mark.slow
 def test_8_devices_in_any_order_compute_what_1_computes(case, axes, folders):
   config, params = _load(folders / case)
   expected = _value_and_grad(config)(params, _batches(config).batch(0))

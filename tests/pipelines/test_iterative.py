@@ -72,6 +72,7 @@ def _refuse(*args, **kwargs):
   raise AssertionError("called")
 
 
+@pytest.mark.slow
 def test_pairs_obey_the_reward(folder):
   for number in (1, 2):
     samples = _rows(folder / f"rounds/samples_{number}.jsonl")
@@ -103,6 +104,7 @@ def test_pairs_obey_the_reward(folder):
       assert pair["rejected_score"] == min(rewards)
 
 
+@pytest.mark.slow
 def test_a_round_goes_on_from_the_one_before(folder):
   lines = _rows(folder / "rounds/rounds.jsonl")
   names = ["sft", "rounds/round_1", "rounds/round_2"]
@@ -123,6 +125,7 @@ def test_a_round_goes_on_from_the_one_before(folder):
     assert first["loss"] == pytest.approx(0.693147, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_done_again(folder, tmp_path, monkeypatch):
   rounds = tmp_path / "rounds"
   shutil.copytree(folder / "rounds", rounds)
@@ -156,6 +159,7 @@ def test_what_is_done_is_not_done_again(folder, tmp_path, monkeypatch):
   assert lost.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_the_kl_is_of_what_is_sampled(folder, tmp_path, capsys):
   # At low temperatures one response holds all probability, so that its KL is
   # its surprise under the first policy, which is the policy itself here.
@@ -172,6 +176,7 @@ def test_the_kl_is_of_what_is_sampled(folder, tmp_path, capsys):
   assert "KL at temperature 0.0001, top_p 1 to the first, nats" in head
 
 
+@pytest.mark.slow
 def test_the_first_policy_can_be_the_reference(folder, tmp_path, monkeypatch):
   rounds = tmp_path / "rounds"
   rounds.mkdir()
@@ -273,6 +278,7 @@ def test_rounds_raise_the_true_reward_by_more_than_three_errors(tmp_path):
     assert after["reward"] > before["reward"] + 3 * error, out
 
 
+@pytest.mark.slow
 def test_one_process_works_in_the_folder(folder, tmp_path):
   with run_folder.owned(tmp_path, "works in"):
     with pytest.raises(ValueError, match="another process works in "):

@@ -66,6 +66,7 @@ def test_a_run_and_its_export_score_as_their_head_says(runs, loss, tmp_path):
   np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", OUTPUTS)
 def test_ppo_learns_from_a_run(runs, loss, tmp_path):
   lines = _train(

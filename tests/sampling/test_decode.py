@@ -152,7 +152,9 @@ def test_a_prompt_listed_twice_gets_two_samples():
   assert len({tuple(tokens) for (tokens,) in found}) > 10
 
 
-@pytest.mark.parametrize("stop_ids", [(EOS,), (EOS, 5, 9), (9, EOS)])
+@pytest.mark.parametrize(
+  "stop_ids", [_slow((EOS,)), (EOS, 5, 9), _slow((9, EOS))]
+)
 def test_responses_end_at_any_stop_token_or_at_max_new_tokens(stop_ids):
   found = _sampler().sample(
     PROMPTS,
@@ -181,6 +183,7 @@ def test_a_stop_token_cuts_the_same_draws_short():
     assert whole[: len(cut)] == cut
 
 
+@pytest.mark.slow
 def test_the_loop_stops_when_every_row_has_ended(monkeypatch):
   calls = []
   extend = transformer.extend
@@ -198,7 +201,7 @@ def test_the_loop_stops_when_every_row_has_ended(monkeypatch):
   assert len(calls) == longest - 1
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("temperature", [1.0, _slow(2.0)])
 def test_frequencies_match_the_softmax(temperature):
   (samples,) = _sample(
     PROMPTS[1:2],
@@ -268,7 +271,7 @@ def test_prompts_of_other_lengths_compile_nothing_new():
   assert decode._sample_rows._cache_size() == before
 
 
-@pytest.mark.parametrize("name", ["llama", "sliding"])
+@pytest.mark.parametrize("name", [_slow("llama"), "sliding"])
 def test_a_cache_that_grows_changes_nothing(name, monkeypatch):
   found = []
   for room in (1, 64):
@@ -324,9 +327,7 @@ def test_an_empty_prompt_is_refused():
     _sample([[2], []])
 
 
-@pytest.mark.parametrize(
-  "name", ["llama", pytest.param("experts", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("name", [_slow("llama"), _slow("experts")])
 def test_8_devices_sample_what_1_samples(name):
   config, params = _model(name)
   expected = _sample(PROMPTS, name=name, samples_per_prompt=2)
@@ -349,7 +350,11 @@ def test_8_devices_sample_what_1_samples(name):
 
 @pytest.mark.parametrize(
   "settings",
-  [{}, {"temperature": 0.7}, {"temperature": 1.5, "top_k": 6, "top_p": 0.8}],
+  [
+    {},
+    _slow({"temperature": 0.7}),
+    {"temperature": 1.5, "top_k": 6, "top_p": 0.8},
+  ],
 )
 def test_drawn_logps_are_of_what_was_drawn_from(settings):
   prompts = PROMPTS[:2]
