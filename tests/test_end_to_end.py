@@ -92,6 +92,13 @@ def wait_for_step(process, workdir, step):
   raise AssertionError(process.communicate())
 
 
+def check_explained(lines):
+  """Checks that docs/metrics.md has every key of these metrics."""
+  page = (REPOSITORY / "docs" / "metrics.md").read_text()
+  keys = {key for line in lines for key in line}
+  assert not [key for key in sorted(keys) if f"`{key}`" not in page]
+
+
 def test_a_run_leaves_what_the_contract_says(tmp_path):
   workdir = tmp_path / "run"
   lines = train(workdir, "--config.data.eval_path=pairs:30")
@@ -111,6 +118,7 @@ def test_a_run_leaves_what_the_contract_says(tmp_path):
   assert all(set(rates) <= line.keys() for line in lines[:-1])
   assert lines[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
   assert lines[-1]["num_pairs"] == 30
+  check_explained(lines)
   config = json.loads((workdir / "config.json").read_text())
   assert config["loss"]["beta"] == 0.1 and config["steps"] == 6
   assert list(workdir.glob("events.out.tfevents*"))

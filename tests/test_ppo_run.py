@@ -55,6 +55,7 @@ def test_a_run_leaves_metrics_and_a_decoder(whole):
   assert lines[1]["objective/kl"] != lines[2]["objective/kl"]
   assert lines[1]["kl_coef"] < lines[0]["kl_coef"] == pytest.approx(0.05)
   assert ppo.VALUE_HEAD not in end_to_end.params(whole)
+  end_to_end.check_explained(lines)
 
 
 @pytest.mark.slow
