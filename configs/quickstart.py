@@ -4,9 +4,10 @@
   python -m launch.train --config=configs/quickstart.py:dpo --workdir=runs/x
 
 A small grammar writes film reviews whose true reward is known exactly (see
-dpo_jax/data/synthetic.py). `sft` learns the reviews from random weights; other
-losses learn pairs of reviews, from random weights too unless `model.path`
-names a run. `ppo` samples reviews and learns from their true reward:
+dpo_jax/data/sources/synthetic.py). `sft` learns the reviews from random
+weights; other losses learn pairs of reviews, from random weights too unless
+`model.path` names a run. `ppo` samples reviews and learns from their true
+reward:
 
   python -m launch.train --config=configs/quickstart.py:ppo \\
     --workdir=runs/ppo --config.model.preset= \\

@@ -16,7 +16,7 @@ should be idle; compare ratios within one run.
 from absl import flags
 from ml_collections import config_flags
 
-from dpo_jax import files
+from dpo_jax.host import files
 from launch import cli
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
 
 
 def _train():
-  from dpo_jax import benchmark
+  from dpo_jax.benchmarks import train_step as benchmark
 
   results = benchmark.run(
     CONFIG.value,
@@ -73,7 +73,7 @@ def _train():
 
 
 def _sample():
-  from dpo_jax import benchmark_sampling
+  from dpo_jax.benchmarks import sampling as benchmark_sampling
 
   if not all(count.isdigit() and int(count) for count in ROWS.value):
     raise ValueError(f"rows={','.join(ROWS.value)}: numbers, at least 1")

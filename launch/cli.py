@@ -20,7 +20,7 @@ from absl import app, flags, logging
 from ml_collections import config_dict
 from ml_collections.config_flags import config_flags
 
-from dpo_jax import endings, schema, user_code
+from dpo_jax.host import endings, schema, user_code
 
 # ml_collections warns of a config that is None, which is an error here.
 logging.get_absl_logger().addFilter(

@@ -35,7 +35,7 @@ flags.mark_flags_as_required(["source", "target"])
 
 def main(argv: list[str]) -> int:
   """Returns 0."""
-  from dpo_jax import export
+  from dpo_jax.inference import export
 
   export.write(
     SOURCE.value,

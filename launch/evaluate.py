@@ -29,7 +29,7 @@ and `--policy` may be given several times.
 
 from absl import flags
 
-from dpo_jax import files
+from dpo_jax.host import files
 from launch import cli
 
 DATA = flags.DEFINE_multi_string("data", None, "File of pairs, or of labels.")
@@ -177,16 +177,16 @@ def _win_rate() -> None:
 
 
 def _judge() -> None:
-  from dpo_jax.evaluation import judge_agreement
+  from dpo_jax.evaluation import agreement
 
   judge = _make_judge()
   settings = {"order": ORDER.value, "seed": SEED.value}
-  print(judge_agreement.evaluate(judge, DATA.value, OUTPUT.value, **settings))
+  print(agreement.evaluate(judge, DATA.value, OUTPUT.value, **settings))
   print(f"usage: {judge.usage()}" if judge.usage() else "usage: none")
 
 
 def _make_judge():
-  from dpo_jax.evaluation import judge_kinds
+  from dpo_jax.judges import kinds as judge_kinds
 
   return judge_kinds.make_judge(
     JUDGE.value,

@@ -15,7 +15,7 @@ without its stronger model. The same command started again goes on where it was;
 from absl import flags
 from ml_collections import config_flags
 
-from dpo_jax import supervisor
+from dpo_jax.host import supervisor
 from launch import cli
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
   """Returns 0 when the rounds finished, 128 + n when signal n stopped them."""
   if MULTIHOST.value:
     supervisor.start()
-  from dpo_jax import endings, processes
+  from dpo_jax.host import endings, processes
   from dpo_jax.pipelines import iterative
   from dpo_jax.sampling import decode
 

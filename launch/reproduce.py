@@ -25,7 +25,7 @@ from `--model`. There stands also what a scale is.
 
 from absl import flags
 
-from dpo_jax import files
+from dpo_jax.host import files
 from launch import cli
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the experiment.")
@@ -40,7 +40,7 @@ MODEL = flags.DEFINE_string(
 
 def main(argv: list[str]) -> int:
   """Returns 0 when the experiment finished, 128 + n stopped by signal n."""
-  from dpo_jax import endings
+  from dpo_jax.host import endings
 
   name = " ".join(argv[1:])
   if name not in RECIPES:
@@ -78,28 +78,29 @@ def _imdb(workdir: str) -> bool:
 
 def _hh(workdir: str) -> bool:
   from configs import hh_dialogue
-  from dpo_jax.pipelines import preference_tasks
+  from dpo_jax.pipelines.win_rates import tasks as win_rate_tasks
 
-  return _preferences(workdir, hh_dialogue, preference_tasks.HH)
+  return _preferences(workdir, hh_dialogue, win_rate_tasks.HH)
 
 
 def _tldr(workdir: str) -> bool:
   from configs import tldr_summarization
-  from dpo_jax.pipelines import preference_tasks
+  from dpo_jax.pipelines.win_rates import tasks as win_rate_tasks
 
-  return _preferences(workdir, tldr_summarization, preference_tasks.TLDR)
+  return _preferences(workdir, tldr_summarization, win_rate_tasks.TLDR)
 
 
 def _preferences(workdir, configs, task):
-  from dpo_jax.pipelines import preference_tasks, preferences
+  from dpo_jax.pipelines.win_rates import experiment as win_rates
+  from dpo_jax.pipelines.win_rates import tasks as win_rate_tasks
 
   start = f"{SCALE.value},pretrained" if MODEL.value else SCALE.value
-  return preferences.run(
+  return win_rates.run(
     workdir,
     DATA.value,
     lambda loss: configs.get_config(f"{loss},{start}"),
     task,
-    preference_tasks.Scale(**configs.SCALES[SCALE.value]),
+    win_rate_tasks.Scale(**configs.SCALES[SCALE.value]),
     model=MODEL.value or "",
   )
 

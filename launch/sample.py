@@ -52,7 +52,7 @@ flags.mark_flags_as_required(["source", "data", "output"])
 
 def main(argv: list[str]) -> int:
   """Returns 0."""
-  from dpo_jax import policy
+  from dpo_jax.inference import model as model_lib
   from dpo_jax.sampling import decode
 
   settings = decode.Settings(
@@ -61,9 +61,9 @@ def main(argv: list[str]) -> int:
     top_k=TOP_K.value,
     top_p=TOP_P.value,
   )
-  policy.write_samples(
+  model_lib.write_samples(
     SOURCE.value,
-    policy.read_prompts(
+    model_lib.read_prompts(
       DATA_SOURCE.value, DATA.value, split=SPLIT.value, limit=PROMPTS.value
     ),
     settings,

@@ -17,7 +17,7 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from dpo_jax import files
+from dpo_jax.host import files
 from launch import cli
 
 CONFIG = config_flags.DEFINE_config_file(

@@ -9,7 +9,7 @@ same tokenizer. Prompts and responses are read as demonstrations.
 
 from absl import flags
 
-from dpo_jax import files
+from dpo_jax.host import files
 from launch import cli
 
 DATA = flags.DEFINE_multi_string("data", None, "File of text.")

@@ -14,7 +14,7 @@ end, at the latest after a minute. All must see the run folder and the cache.
 from absl import flags
 from ml_collections import config_flags
 
-from dpo_jax import supervisor
+from dpo_jax.host import supervisor
 from launch import cli
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -31,7 +31,8 @@ def main(argv: list[str]) -> int:
   """Returns 0 when the run finished, 128 + n when signal n stopped it."""
   if MULTIHOST.value:
     supervisor.start()
-  from dpo_jax import endings, processes, trainer
+  from dpo_jax.host import endings, processes
+  from dpo_jax.run import trainer
 
   with processes.joined(MULTIHOST.value):
     finished = trainer.train(CONFIG.value, WORKDIR.value)

@@ -1,7 +1,7 @@
 """`launch.reproduce` with experiments of seconds: python -m tests.small_..."""
 
 from configs import imdb_sentiment
-from dpo_jax.pipelines import preferences
+from dpo_jax.pipelines.win_rates import experiment as win_rates
 from launch import cli, reproduce
 from tests.pipelines import test_preferences, test_sentiment
 
@@ -10,7 +10,7 @@ def _shrink():
   for module in test_preferences.CONFIGS.values():
     module.SCALES["cpu"] = vars(test_preferences.SCALE)
     module.get_config = test_preferences.shrunk(module.get_config)
-  preferences.TEMPERATURES = (0.0, 1.0)
+  win_rates.TEMPERATURES = (0.0, 1.0)
   imdb_sentiment.PLANS["cpu"] = vars(test_sentiment.PLAN)
   imdb_sentiment.get_config = test_sentiment.make_config
 

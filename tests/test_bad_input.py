@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 import transformers
 
-from dpo_jax.data import synthetic
+from dpo_jax.data.sources import synthetic
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 PAIR = {"prompt": "the plot", "chosen": " was good .", "rejected": " was bad ."}
@@ -163,7 +163,7 @@ def inputs(tmp_path_factory):
 # Imports once what every command imports, then runs each in a fork of its own.
 COMMANDS = """
 import json, os, runpy, sys
-from dpo_jax import trainer
+from dpo_jax.run import trainer
 for line in sys.stdin:
   arguments, errors = json.loads(line)
   if (child := os.fork()) == 0:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from dpo_jax.checkpoints import manager, source
-from dpo_jax.data import synthetic
+from dpo_jax.data.sources import synthetic
 from dpo_jax.models import transformer
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]

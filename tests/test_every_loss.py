@@ -9,8 +9,8 @@ import pytest
 
 from configs import hh_dialogue, quickstart
 from configs import losses as loss_configs
-from dpo_jax import trainer
 from dpo_jax.losses import objectives
+from dpo_jax.run import trainer
 
 NUM_STEPS, BATCH_SIZE, NUM_PAIRS = 30, 16, 64
 EPOCH = NUM_PAIRS // BATCH_SIZE

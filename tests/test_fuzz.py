@@ -19,8 +19,8 @@ import tokenizers
 import transformers
 from absl import flags
 
-from dpo_jax import experiment
 from dpo_jax.checkpoints import run_folder
+from dpo_jax.run import experiment
 from launch import cli
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from configs import pairs
-from dpo_jax import trainer
+from dpo_jax.run import trainer
 
 # TRL's run: our loss, and what else is set.
 RUNS = {

@@ -7,8 +7,8 @@ import lzma
 import pytest
 
 from configs import imdb_sentiment
-from dpo_jax import experiment
 from dpo_jax.data import bpe
+from dpo_jax.run import experiment
 
 
 @pytest.fixture

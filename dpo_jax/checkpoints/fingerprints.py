@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 
 from dpo_jax.checkpoints import manager, run_folder, source
-from dpo_jax.models import huggingface
+from dpo_jax.models.huggingface import folder as huggingface
 
 BLOCK_BYTES = 2**16
 MAX_BLOCKS = 64  # of a file, evenly spaced, its first and its last among them

@@ -26,8 +26,8 @@ from absl import logging
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
-from dpo_jax import caches, endings, schema
 from dpo_jax.checkpoints import reader
+from dpo_jax.host import caches, endings, schema
 from dpo_jax.models import finite
 from dpo_jax.types import Params
 

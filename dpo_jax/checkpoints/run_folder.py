@@ -14,7 +14,7 @@ import pathlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from dpo_jax import files, processes, schema
+from dpo_jax.host import files, processes, schema
 
 FINISHED = "finished"
 LENGTH_KEYS = ("steps", "epochs")

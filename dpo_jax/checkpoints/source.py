@@ -17,11 +17,13 @@ from collections.abc import Callable
 
 import jax
 
-from dpo_jax import schema
 from dpo_jax.checkpoints import manager, run_folder
+from dpo_jax.host import schema
 from dpo_jax.models import config as model_config
-from dpo_jax.models import huggingface, huggingface_adapters, lora, transformer
+from dpo_jax.models import lora, transformer
 from dpo_jax.models.config import Lora, ModelConfig
+from dpo_jax.models.huggingface import adapters as huggingface_adapters
+from dpo_jax.models.huggingface import folder as huggingface
 from dpo_jax.types import Params
 
 

@@ -17,7 +17,7 @@ import jinja2
 
 from dpo_jax.checkpoints import source
 from dpo_jax.data import tokenize
-from dpo_jax.models import huggingface
+from dpo_jax.models.huggingface import folder as huggingface
 
 GENERATION_CONFIG = "generation_config.json"
 KEY = "eos_token_id"

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import tokenizers
 import transformers
 
-from dpo_jax import files
 from dpo_jax.data import examples, tokenize
+from dpo_jax.host import files
 
 EOS = "<|endoftext|>"
 NUM_BYTES = 256

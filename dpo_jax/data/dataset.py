@@ -19,9 +19,9 @@ import numpy as np
 import pyarrow as pa
 from absl import logging
 
-from dpo_jax import caches, endings, schema
 from dpo_jax.data import examples, tokenize, truncation
 from dpo_jax.data.packing import PairTokens, Ragged
+from dpo_jax.host import caches, endings, schema
 
 # To be raised with any change of what a row is tokenised to.
 CACHE_VERSION = 2

@@ -45,16 +45,8 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from dpo_jax.data import (
-  cuts,
-  hh,
-  hub,
-  imdb,
-  jsonl,
-  messages,
-  synthetic,
-  tldr,
-)
+from dpo_jax.data import cuts, messages
+from dpo_jax.data.sources import hh, hub, imdb, jsonl, synthetic, tldr
 
 SOURCES = {
   "hh": hh,

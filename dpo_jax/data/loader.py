@@ -4,19 +4,13 @@ import copy
 import dataclasses
 import functools
 import math
-import queue
-import threading
-import time
-import weakref
-from collections.abc import Callable, Iterator
-from typing import Any, Generic, Protocol, TypeVar
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import numpy as np
 
-from dpo_jax.data import mismatch, packing
+from dpo_jax.data import mismatch, packing, placement
 from dpo_jax.types import Batch, Rows
-
-T = TypeVar("T")
 
 
 class Dataset(Protocol):
@@ -43,9 +37,9 @@ def choose_row_length(
     lengths: [n,3], tokens of prompt, chosen and rejected.
     batch_size: pairs in a batch.
     microbatch_rows: rows in a microbatch, over all processes.
-    layout: one of `packing.LAYOUTS`.
+    layout: one of `placement.LAYOUTS`.
   """
-  longest = int(packing.span_lengths(lengths, layout).max())
+  longest = int(placement.span_lengths(lengths, layout).max())
   shortest = math.ceil(longest / 128) * 128
   if layout == "padded":
     return shortest
@@ -56,7 +50,7 @@ def choose_row_length(
   ]
   computed = {}
   for row_length in range(shortest, 2 * shortest + 1, 128):
-    plans = (packing.make_plan(x, row_length, layout) for x in batches[:16])
+    plans = (placement.make_plan(x, row_length, layout) for x in batches[:16])
     rows = [_round_up(plan.num_rows, microbatch_rows) for plan in plans]
     computed[row_length] = sum(rows) * row_length
   least = min(computed.values())
@@ -145,7 +139,7 @@ class Loader:
       self.mismatched = mismatch.find(dataset, max_prompt_length)
       self._partner, self._partner_column, lengths = self.mismatched
       self._lengths = np.column_stack([dataset.lengths, lengths])
-    spans = packing.span_lengths(dataset.lengths, layout)
+    spans = placement.span_lengths(dataset.lengths, layout)
     self.row_length = row_length or choose_row_length(
       dataset.lengths, batch_size, microbatch_rows, layout
     )
@@ -158,7 +152,7 @@ class Loader:
       )
     self._num_microbatches = self._max_microbatches(spans)
     if MISMATCHED in extra_columns:
-      spans = packing.span_lengths(self._lengths[:, [0, -1]], layout)
+      spans = placement.span_lengths(self._lengths[:, [0, -1]], layout)
       self._num_mismatched = self._max_microbatches(spans)
 
   @property
@@ -167,7 +161,7 @@ class Loader:
     return self._num_responses + len(self.extra_columns)
 
   @property
-  def placement(self) -> tuple[int | str | None, ...]:
+  def arrangement(self) -> tuple[int | str | None, ...]:
     """What decides which rows a pair first stands in, and where."""
     seed = self.seed if self.shuffle else None
     rows = (self.row_length, self.microbatch_rows, self.layout)
@@ -181,8 +175,8 @@ class Loader:
 
   def _check(self) -> None:
     """Raises ValueError for a setting that cannot be."""
-    if self.layout not in packing.LAYOUTS:
-      known = ", ".join(packing.LAYOUTS)
+    if self.layout not in placement.LAYOUTS:
+      known = ", ".join(placement.LAYOUTS)
       raise ValueError(f"unknown layout {self.layout!r}; known: {known}")
     for name in ("batch_size", "microbatch_rows"):
       if getattr(self, name) < 1:
@@ -210,7 +204,7 @@ class Loader:
 
   def _max_microbatches(self, spans: np.ndarray) -> int:
     """Returns how many microbatches hold any batch of such spans."""
-    rows = packing.max_rows(spans, self.batch_size, self.row_length)
+    rows = placement.max_rows(spans, self.batch_size, self.row_length)
     if self.layout == "padded":
       rows = 2 * self.batch_size
     return math.ceil(rows / self.microbatch_rows)
@@ -289,13 +283,13 @@ class Loader:
     """Returns the share of batch k's computed positions that is padding."""
     return 1 - self.num_tokens(k) / self.num_positions(self.batch(k))
 
-  def _plans(self, indices: np.ndarray) -> list[packing.Plan]:
+  def _plans(self, indices: np.ndarray) -> list[placement.Plan]:
     """Returns the plan of the responses, and that of mismatched ones if any."""
     columns = [range(self._num_responses)]
     if MISMATCHED in self.extra_columns:
       columns.append([self._num_responses])
     return [
-      packing.make_plan(
+      placement.make_plan(
         self._lengths[indices], self.row_length, self.layout, places
       )
       for places in columns
@@ -341,7 +335,7 @@ class Loader:
 
   def _rows(
     self,
-    plan: packing.Plan,
+    plan: placement.Plan,
     indices: np.ndarray,
     num_microbatches: int,
     prompt_column: int | None = None,
@@ -362,7 +356,7 @@ class Loader:
       scored=self._scored,
     )
 
-  def _num_filled(self, plan: packing.Plan) -> np.int32:
+  def _num_filled(self, plan: placement.Plan) -> np.int32:
     return np.int32(math.ceil(plan.num_rows / self.microbatch_rows))
 
   def _by_slot(self, values: np.ndarray) -> np.ndarray:
@@ -372,79 +366,5 @@ class Loader:
     return slots
 
 
-class Prefetch(Generic[T]):
-  """An iterator over fn(first), ..., fn(last - 1), computed ahead in a thread.
-
-  `wait_seconds` is the time the consumer has waited so far. The thread ends
-  when the range does, with `close`, or when the iterator is let go.
-  """
-
-  def __init__(self, fn: Callable[[int], T], first: int, last: int, depth: int):
-    self.wait_seconds = 0.0
-    self._ready: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    self._slots = threading.Semaphore(depth)
-    stop = threading.Event()
-    # The thread holds no reference to self, so that letting go ends it.
-    self.close = weakref.finalize(self, _stop, stop, self._slots)
-    threading.Thread(
-      target=_produce,
-      args=(fn, range(first, last), self._ready, self._slots, stop),
-      daemon=True,
-    ).start()
-
-  def __iter__(self) -> "Prefetch[T]":
-    return self
-
-  def __next__(self) -> T:
-    if not self.close.alive:
-      raise StopIteration
-    start = time.perf_counter()
-    value, error = self._ready.get()
-    self.wait_seconds += time.perf_counter() - start
-    self._slots.release()
-    if error is not None:
-      self.close()
-      raise error
-    return value
-
-
-def prefetch(
-  fn: Callable[[int], T], first: int, last: int, depth: int = 2
-) -> Prefetch[T]:
-  """Returns an iterator over fn(first), ..., fn(last - 1), computed ahead.
-
-  Args:
-    fn: called in a thread, in order; what it raises, the consumer gets.
-    first: the first argument.
-    last: one past the last argument.
-    depth: results that wait for the consumer at most, at least 1.
-  """
-  return Prefetch(fn, first, last, depth)
-
-
 def _round_up(number: int, multiple: int) -> int:
   return math.ceil(number / multiple) * multiple
-
-
-def _stop(stop: threading.Event, slots: threading.Semaphore) -> None:
-  stop.set()
-  slots.release()
-
-
-def _produce(
-  fn: Callable[[int], T],
-  arguments: range,
-  ready: queue.SimpleQueue,
-  slots: threading.Semaphore,
-  stop: threading.Event,
-) -> None:
-  """Puts (value, None) for each argument, then (None, what ended it)."""
-  try:
-    for argument in arguments:
-      slots.acquire()
-      if stop.is_set():
-        return
-      ready.put((fn(argument), None))
-    ready.put((None, StopIteration()))
-  except BaseException as error:  # the consumer would wait for ever
-    ready.put((None, error))

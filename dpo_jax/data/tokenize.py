@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import transformers
 
-from dpo_jax import endings, schema
 from dpo_jax.data import (
   chat,
   continuation,
@@ -33,6 +32,7 @@ from dpo_jax.data import (
   truncation,
 )
 from dpo_jax.data.packing import PairTokens, Ragged
+from dpo_jax.host import endings, schema
 
 CHUNK_ROWS = 1024  # rows that are given to the tokenizer at once
 # What ends a text in a bare `tokenizers` file, which does not say it.

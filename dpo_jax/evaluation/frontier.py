@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from matplotlib import axes, figure
 
-from dpo_jax import files
+from dpo_jax.host import files
 from dpo_jax.types import Array, typed
 
 # Of the gain over the reference: what the line may lose with half the samples.

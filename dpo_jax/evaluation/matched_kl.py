@@ -8,7 +8,7 @@ with many of them a little: compare methods of as many dots.
 import math
 from collections.abc import Sequence
 
-from dpo_jax import markdown
+from dpo_jax.evaluation import markdown
 from dpo_jax.evaluation.frontier import Frontier, Point
 
 

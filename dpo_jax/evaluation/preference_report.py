@@ -16,8 +16,8 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib import axes, figure
 
-from dpo_jax import files
 from dpo_jax.evaluation import intervals
+from dpo_jax.host import files
 from dpo_jax.types import Array, typed
 
 ALL = "all"

@@ -14,9 +14,12 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from dpo_jax.data import examples, jsonl, messages
-from dpo_jax.evaluation import intervals, judge_prompts, judges
-from dpo_jax.evaluation.judges import Decision
+from dpo_jax.data import examples, messages
+from dpo_jax.data.sources import jsonl
+from dpo_jax.evaluation import intervals
+from dpo_jax.judges import judge as judges
+from dpo_jax.judges import prompts as judge_prompts
+from dpo_jax.judges.judge import Decision
 
 POINTS = {judges.FIRST: 1.0, judges.TIE: 0.5, judges.SECOND: 0.0}
 

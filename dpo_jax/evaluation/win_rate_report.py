@@ -8,9 +8,10 @@ from typing import Any
 
 from matplotlib import axes, figure
 
-from dpo_jax import files, markdown
-from dpo_jax.evaluation import frontier, judges, win_rate
+from dpo_jax.evaluation import frontier, markdown, win_rate
 from dpo_jax.evaluation.win_rate import Cell, Match
+from dpo_jax.host import files
+from dpo_jax.judges import judge as judges
 
 
 def evaluate(

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.models import huggingface_names
+from dpo_jax.models.huggingface import names as huggingface_names
 from dpo_jax.types import Array, Params
 
 

@@ -41,13 +41,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from dpo_jax import experiment, files, markdown, processes, trainer
-from dpo_jax import policy as policy_lib
 from dpo_jax.checkpoints import run_folder
 from dpo_jax.data import chat, tokenize
-from dpo_jax.evaluation import frontier
+from dpo_jax.evaluation import frontier, markdown
+from dpo_jax.host import files, processes
+from dpo_jax.inference import model as model_lib
 from dpo_jax.losses import objectives
 from dpo_jax.rewards import registry
+from dpo_jax.run import experiment, trainer
 from dpo_jax.sampling import decode
 from dpo_jax.training import reference as reference_lib
 
@@ -122,7 +123,7 @@ def run(
     run_folder.flatten({"config": plain})
     | {"--workdir": os.path.abspath(workdir), "--rounds": rounds}
   )
-  prompts = policy_lib.read_prompts(
+  prompts = model_lib.read_prompts(
     settings.data_source, settings.data, split=settings.split
   )
   digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
@@ -272,7 +273,7 @@ def _sample(path, prompts, settings, plain, number) -> list[dict[str, Any]]:
   places = range((number - 1) * count, number * count)
   prompts = [prompts[place % len(prompts)] for place in places]
   dtype = plain["model"]["dtype"]
-  model = policy_lib.Policy(path, dtype=dtype)
+  model = model_lib.Policy(path, dtype=dtype)
   tokens = [
     ids[-plain["data"]["max_prompt_length"] :]
     for ids in tokenize.encode_prompts(model.tokenizer, prompts)
@@ -296,7 +297,7 @@ def _sample(path, prompts, settings, plain, number) -> list[dict[str, Any]]:
   ]
   if path != settings.policy:
     del model  # its room is for the first policy
-    model = policy_lib.Policy(settings.policy, dtype=dtype)
+    model = model_lib.Policy(settings.policy, dtype=dtype)
   reference_logps = model.logps(tokens, responses)
   rewards = reward_fn(
     prompts,

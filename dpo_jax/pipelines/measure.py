@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from dpo_jax import files
 from dpo_jax.data import tokenize
 from dpo_jax.evaluation import frontier
-from dpo_jax.policy import Policy
+from dpo_jax.host import files
+from dpo_jax.inference.model import Policy
 from dpo_jax.rewards.registry import RewardFn
 from dpo_jax.sampling import decode
 

@@ -11,10 +11,10 @@ from collections.abc import Callable
 import numpy as np
 from ml_collections import ConfigDict
 
-from dpo_jax import policy as policy_lib
 from dpo_jax.evaluation import frontier
+from dpo_jax.inference import model as model_lib
+from dpo_jax.inference.model import Policy
 from dpo_jax.pipelines import measure, stages
-from dpo_jax.policy import Policy
 from dpo_jax.rewards import registry
 
 BETAS = (0.1, 1.0)
@@ -69,7 +69,7 @@ def run(workdir: str, make_config: Callable[[str], ConfigDict]) -> bool:
 
 def _prefixes(split: str, count: int) -> list[str]:
   """Returns distinct prompts of a split."""
-  return policy_lib.read_prompts(
+  return model_lib.read_prompts(
     "synthetic", "reviews:20000", split=split, limit=count
   )
 

@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from dpo_jax import files
-from dpo_jax import policy as policy_lib
 from dpo_jax.checkpoints import manager
 from dpo_jax.evaluation import frontier, matched_kl
+from dpo_jax.host import files
+from dpo_jax.inference import model as model_lib
+from dpo_jax.inference.model import Policy
 from dpo_jax.pipelines import measure, stages
-from dpo_jax.policy import Policy
 from dpo_jax.rewards import learned
 from dpo_jax.sampling import best_of_n, decode
 
@@ -184,7 +184,7 @@ class _Experiment:
     stages.write_tokenizer(path, "imdb", text, vocab_size)
 
   def _write_samples(self, path):
-    policy_lib.write_samples(
+    model_lib.write_samples(
       str(self._runs["sft"]),
       self._prefixes("train", self._plan.num_prefixes),
       decode.Settings(self._plan.max_new_tokens),
@@ -321,7 +321,7 @@ class _Experiment:
     return self._folder / f"{name}_{_changes(changes)}"
 
   def _prefixes(self, split, count) -> list[str]:
-    return policy_lib.read_prompts(
+    return model_lib.read_prompts(
       "imdb", self._files[split], split=split, limit=count
     )
 

@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 
 from ml_collections import ConfigDict
 
-from dpo_jax import experiment, files, trainer
 from dpo_jax.checkpoints import run_folder
 from dpo_jax.data import bpe
+from dpo_jax.host import files
+from dpo_jax.run import experiment, trainer
 
 SECONDS = "seconds.json"
 ENDINGS = (".jsonl", ".jsonl.xz", ".jsonl.gz")

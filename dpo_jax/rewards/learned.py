@@ -10,11 +10,18 @@ import numpy as np
 
 from dpo_jax import sharding
 from dpo_jax.checkpoints import run_folder, source
-from dpo_jax.data import dataset, loader, packing, tokenize, truncation
+from dpo_jax.data import (
+  dataset,
+  loader,
+  placement,
+  tokenize,
+  truncation,
+)
 from dpo_jax.losses import objectives
 from dpo_jax.models import config as model_config
 from dpo_jax.models import transformer
-from dpo_jax.training import scoring, steps
+from dpo_jax.training import scorer as scorer_lib
+from dpo_jax.training import scoring
 
 OUTPUTS = ("logit", "probability", "auto")
 BATCH_SIZE = 64  # responses that are scored before the host looks at them
@@ -136,7 +143,7 @@ class Learned:
     self._mesh = sharding.make_mesh()
     layouts = transformer.layouts(self._mesh, config)
     self._params = opened.load(config, layouts)
-    scorer = steps.Scorer(
+    scorer = scorer_lib.Scorer(
       policy=config,
       reference=None,
       objective=objectives.make_objective(*_LOSSES[config.head]),
@@ -213,7 +220,7 @@ class Learned:
     tokens = dataset.TokenDataset.from_lists(
       prompts, responses, [[] for _ in prompts]
     )
-    layout = packing.layout_for_window(
+    layout = placement.layout_for_window(
       tokens.lengths, "mirrored", self.config.window
     )
     return loader.Loader(

@@ -5,7 +5,7 @@ from typing import Protocol
 
 import numpy as np
 
-from dpo_jax.data import synthetic
+from dpo_jax.data.sources import synthetic
 
 
 class RewardFn(Protocol):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax import sharding
-from dpo_jax.models import transformer
+from dpo_jax.models import incremental, transformer
 from dpo_jax.models.config import ModelConfig
 from dpo_jax.sampling import draws
 from dpo_jax.types import Params
@@ -94,7 +94,7 @@ class Sampler:
 
   Attributes:
     config: the model.
-    params: its weights in `config.dtype`, as `transformer.unstack` copies them.
+    params: its weights in `config.dtype`, as `incremental.unstack` copies them.
   """
 
   def __init__(self, config: ModelConfig, params: Params):
@@ -199,7 +199,7 @@ class Sampler:
 
 
 # Of the module, so that new weights of a model need no new program.
-_unstack = jax.jit(transformer.unstack, static_argnums=0)
+_unstack = jax.jit(incremental.unstack, static_argnums=0)
 
 
 def _by_length(prompts: Sequence[Sequence[int]]) -> dict[int, list[int]]:
@@ -304,7 +304,7 @@ def _sample_rows(
   def extend(carry):
     step, cache, tokens, logps, ended = carry
     last = jax.lax.dynamic_slice_in_dim(tokens, step - 1, 1, axis=1)
-    states, cache = transformer.extend(
+    states, cache = incremental.extend(
       config,
       params,
       prompt,
@@ -319,7 +319,7 @@ def _sample_rows(
 
   index = jnp.arange(prompt_length)[None]
   first = (prompt_length - lengths)[:, None]
-  states, prompt = transformer.read_prompts(
+  states, prompt = incremental.read_prompts(
     config,
     params,
     sharding.constrain(prompts, "rows", None),
@@ -337,11 +337,11 @@ def _sample_rows(
     jnp.zeros((*shape, 2), jnp.float32),
     first_positions[:, 0] == 0,
   )
-  cache = transformer.make_cache(prompt, num_rows)
+  cache = incremental.make_cache(prompt, num_rows)
   carry = (jnp.int32(1), cache, *drawn)
   for room in _rooms(max_new_tokens - 1):  # The last token is never read.
     step, cache, *drawn = carry
-    carry = (step, transformer.grow_cache(cache, room), *drawn)
+    carry = (step, incremental.grow_cache(cache, room), *drawn)
     is_unfinished = functools.partial(unfinished, room)
     carry = jax.lax.while_loop(is_unfinished, extend, carry)
   _, _, tokens, logps, _ = carry

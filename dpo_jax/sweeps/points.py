@@ -16,8 +16,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from dpo_jax import experiment, user_code
 from dpo_jax.checkpoints import run_folder
+from dpo_jax.host import user_code
+from dpo_jax.run import experiment
 
 ARGUMENT = "loss"
 MAX_NAME = 120  # characters; file systems allow 255 bytes

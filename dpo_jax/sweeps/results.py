@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from matplotlib import axes, figure
 
-from dpo_jax import files, markdown
 from dpo_jax.checkpoints import run_folder
-from dpo_jax.evaluation import frontier
+from dpo_jax.evaluation import frontier, markdown
+from dpo_jax.host import files
 from dpo_jax.sweeps.points import ARGUMENT, Point
 
 SEED = "seed"

@@ -6,8 +6,9 @@ import signal
 import time
 from collections.abc import Sequence
 
-from dpo_jax import endings, markdown
 from dpo_jax.checkpoints import run_folder
+from dpo_jax.evaluation import markdown
+from dpo_jax.host import endings
 from dpo_jax.sweeps import display, launchers, results
 from dpo_jax.sweeps.points import Point
 

@@ -19,7 +19,7 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-from dpo_jax import endings
+from dpo_jax.host import endings
 from dpo_jax.training import state as state_lib
 
 # Metrics of every step that must be finite, or the run ends.

@@ -10,9 +10,8 @@ Differs: experts get no load-balancing loss.
 
 import dataclasses
 import functools
-import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -21,19 +20,17 @@ import optax
 from jax.sharding import Mesh
 
 from dpo_jax import sharding
-from dpo_jax.data import packing
 from dpo_jax.losses import logprobs
-from dpo_jax.losses import reinforcement as rl
+from dpo_jax.losses import ppo as rl
 from dpo_jax.models import config as model_config
 from dpo_jax.models import transformer
+from dpo_jax.training import ppo_rows, steps
 from dpo_jax.training import state as state_lib
-from dpo_jax.training import steps
+from dpo_jax.training.ppo_rows import Responses
 from dpo_jax.types import Array, Params, Rows
 
 VALUE_HEAD = "value_head"
 KL_COEF = "kl_coef"  # in the state, beside the running means of losses
-
-Tokens = Sequence[Sequence[int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,33 +88,6 @@ class Settings:
     for name, (allowed, what) in is_allowed.items():
       if not allowed:
         raise ValueError(f"ppo.{name}={getattr(self, name)}: must be {what}")
-
-
-@dataclasses.dataclass(frozen=True)
-class RowSettings:
-  """The rows that responses are packed into.
-
-  Attributes:
-    row_length: tokens.
-    max_length: tokens of the longest prompt and response together.
-    microbatch_rows: rows in memory at once, over all processes.
-    row_range: those of each microbatch that this process builds.
-  """
-
-  row_length: int
-  max_length: int
-  microbatch_rows: int
-  row_range: tuple[int, int]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Responses:
-  """B packed responses, each behind its prompt."""
-
-  rows: Rows  # each leaf [M,R,...]; `response` counts the B
-  num_microbatches: Array  # i32[]
-  lengths: Array  # i32[B]
 
 
 @jax.tree_util.register_dataclass
@@ -244,7 +214,7 @@ def make_score_step(
       tokens, values = policy.read(params, rows)
       others, _ = reference.read(reference_params, rows)
       found = TokenScores(tokens.logps, others.logps, values)
-      return jax.tree.map(lambda x: _by_response(x, rows, shape), found)
+      return jax.tree.map(lambda x: ppo_rows.by_response(x, rows, shape), found)
 
     return steps.sum_microbatches(
       responses.rows, responses.num_microbatches, body
@@ -315,7 +285,7 @@ def make_update_step(
 
     def loss_fn(params, rows):
       tokens, values = actor.read(params, rows, with_entropy=True)
-      of_tokens = functools.partial(_of_tokens, rows=rows)
+      of_tokens = functools.partial(ppo_rows.of_tokens, rows=rows)
       mean = lambda x: jnp.sum(jnp.where(rows.response >= 0, x, 0)) / num_tokens
       old_logps = of_tokens(batch.old_logps)
       ratio = (tokens.logps, old_logps, of_tokens(batch.advantages))
@@ -354,65 +324,3 @@ def make_update_step(
     return state, metrics
 
   return step
-
-
-def minibatch_order(
-  seed: int, iteration: int, epoch: int, num_responses: int
-) -> np.ndarray:
-  """Returns i64[num_responses], in which order an epoch takes responses."""
-  rng = np.random.default_rng([seed, iteration, epoch])
-  return rng.permutation(num_responses)
-
-
-def pack_responses(
-  prompts: Tokens, responses: Tokens, rows: RowSettings
-) -> Responses:
-  """Returns packed responses, this process's rows of them.
-
-  How many microbatches there are at most depends on the number of responses
-  alone, so that one compiled program serves all.
-  """
-  columns = [_ragged(prompts), _ragged(responses)]
-  lengths = np.stack([np.diff(x.offsets) for x in columns], axis=1)
-  assert lengths.sum(axis=1).max() <= rows.max_length <= rows.row_length
-  plan = packing.make_plan(lengths, rows.row_length, "mirrored")
-  longest = np.full(len(prompts), rows.max_length)
-  most = packing.max_rows(longest, len(prompts), rows.row_length)
-  low, high = rows.row_range
-  row = plan.row % rows.microbatch_rows
-  own = plan.select((low <= row) & (row < high))
-  filled = math.ceil(plan.num_rows / rows.microbatch_rows)
-  packed = packing.pack(
-    own,
-    packing.PairTokens(
-      _ragged([prompts[i] for i in own.pair]),
-      (_ragged([responses[i] for i in own.pair]),),
-    ),
-    row_length=rows.row_length,
-    microbatch_rows=rows.microbatch_rows,
-    num_microbatches=math.ceil(most / rows.microbatch_rows),
-    row_range=rows.row_range,
-    num_columns=1,
-  )
-  return Responses(packed, np.int32(filled), lengths[:, 1].astype(np.int32))
-
-
-def _ragged(lists: Tokens) -> packing.Ragged:
-  values = np.fromiter(itertools.chain(*lists), np.int32)
-  offsets = np.cumsum([0, *map(len, lists)])
-  return packing.Ragged(values, offsets)
-
-
-def _by_response(
-  values: Array, rows: Rows, shape: tuple[int, int]
-) -> jax.Array:
-  """Returns [B,U] of [R,S], 0 where these rows hold no token."""
-  # Past the last response: dropped.
-  response = jnp.where(rows.response >= 0, rows.response, shape[0])
-  zeros = jnp.zeros(shape, values.dtype)
-  return zeros.at[response, rows.rank].set(values, mode="drop")
-
-
-def _of_tokens(values: Array, rows: Rows) -> jax.Array:
-  """Returns [R,S] of [B,U], 0 at padding."""
-  return jnp.where(rows.response >= 0, values[rows.response, rows.rank], 0)

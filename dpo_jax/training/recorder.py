@@ -16,7 +16,7 @@ import tqdm
 from tensorboardX import event_file_writer, summary
 from tensorboardX.proto import event_pb2
 
-from dpo_jax import endings, files
+from dpo_jax.host import endings, files
 
 
 class Recorder:

@@ -31,8 +31,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dpo_jax import caches, endings, schema
 from dpo_jax.data import loader
+from dpo_jax.host import caches, endings, schema
 from dpo_jax.losses import objectives
 from dpo_jax.models import config as model_config
 from dpo_jax.types import Array, Params
@@ -229,7 +229,7 @@ def cache_key(
     batches.extra_columns,
   ]
   if model.dtype != "float32":
-    settings += batches.placement
+    settings += batches.arrangement
   dataset = batches.dataset
   digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
   for values in (dataset.lengths, *batches.mismatched):

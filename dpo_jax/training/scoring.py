@@ -13,6 +13,7 @@ from dpo_jax import sharding
 from dpo_jax.data import loader
 from dpo_jax.losses import objectives
 from dpo_jax.models import config as model_config
+from dpo_jax.training import scorer as scorer_lib
 from dpo_jax.training import steps
 from dpo_jax.types import Batch, Params
 
@@ -61,7 +62,7 @@ def response_logps(
     chunk_length: scored positions of a row that meet the vocabulary at once.
     as_trained: whether rows are those of the first epoch, not of evaluations.
   """
-  scorer = steps.Scorer(
+  scorer = scorer_lib.Scorer(
     policy=model,
     reference=None,
     objective=dataclasses.replace(objective, wpo=False),
@@ -72,8 +73,8 @@ def response_logps(
 
 
 def make_score_fn(
-  scorer: steps.Scorer, mesh: Mesh
-) -> Callable[[Params, Params | None, Batch], steps.PairScores]:
+  scorer: scorer_lib.Scorer, mesh: Mesh
+) -> Callable[[Params, Params | None, Batch], scorer_lib.PairScores]:
   """Returns the jitted `steps.make_score_step(scorer)`."""
   return jax.jit(
     steps.make_score_step(scorer), out_shardings=sharding.replicated(mesh)
@@ -81,7 +82,7 @@ def make_score_fn(
 
 
 def collect(
-  score: Callable[[Params, Params | None, Batch], steps.PairScores],
+  score: Callable[[Params, Params | None, Batch], scorer_lib.PairScores],
   params: Params,
   batches: loader.Loader,
   mesh: Mesh,

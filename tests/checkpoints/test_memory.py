@@ -16,9 +16,11 @@ import sys
 import numpy as np
 import pytest
 
-from dpo_jax.data import synthetic
+from dpo_jax.data.sources import synthetic
 from dpo_jax.models import config as model_config
-from dpo_jax.models import huggingface, huggingface_names, safetensors
+from dpo_jax.models.huggingface import folder as huggingface
+from dpo_jax.models.huggingface import names as huggingface_names
+from dpo_jax.models.huggingface import safetensors
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 NUM_SHARDS = 4
@@ -34,9 +36,12 @@ CONFIG = model_config.llama(
 SCRIPT = """
 import json, os, sys
 import jax, jax.numpy as jnp
-from dpo_jax import export, sharding, trainer
+from dpo_jax import sharding
+from dpo_jax.inference import export
+from dpo_jax.run import trainer
 from dpo_jax.checkpoints import manager, run_folder
-from dpo_jax.models import huggingface, transformer
+from dpo_jax.models import transformer
+from dpo_jax.models.huggingface import folder as huggingface
 
 what, folder, target = sys.argv[1:]
 

@@ -3,8 +3,9 @@
 import pytest
 
 from configs import quickstart
-from dpo_jax import processes, trainer
 from dpo_jax.checkpoints import run_folder
+from dpo_jax.host import processes
+from dpo_jax.run import trainer
 
 CONFIG = {"steps": 5, "epochs": 1, "seed": 0}
 

@@ -11,7 +11,8 @@ import pytest
 from dpo_jax import sharding
 from dpo_jax.checkpoints import manager, source
 from dpo_jax.models import config as model_config
-from dpo_jax.models import huggingface, transformer
+from dpo_jax.models import transformer
+from dpo_jax.models.huggingface import folder as huggingface
 from tests import drawn
 
 CONFIG = model_config.llama(

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dpo_jax.checkpoints import source, stop_tokens
-from dpo_jax.data import synthetic
+from dpo_jax.data.sources import synthetic
 from dpo_jax.models import config as model_config
 
 CONFIG = model_config.llama(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dpo_jax.data import dataset, loader, tokenize
+from dpo_jax.data import prefetch as prefetch_lib
 
 
 def make_dataset(num_pairs=10, longest=9):
@@ -190,12 +191,12 @@ def test_padding_on_real_dialogues_is_under_6_percent(shared_dir, tmp_path):
 
 
 def test_prefetch_gives_all_in_order():
-  assert list(loader.prefetch(lambda k: k * k, 3, 7)) == [9, 16, 25, 36]
+  assert list(prefetch_lib.prefetch(lambda k: k * k, 3, 7)) == [9, 16, 25, 36]
 
 
 def test_prefetch_works_ahead_by_its_depth_and_no_more():
   called = []
-  iterator = loader.prefetch(called.append, 0, 100, depth=2)
+  iterator = prefetch_lib.prefetch(called.append, 0, 100, depth=2)
   next(iterator)
   _wait_for(lambda: len(called) == 3)
   time.sleep(0.05)
@@ -203,10 +204,10 @@ def test_prefetch_works_ahead_by_its_depth_and_no_more():
 
 
 def test_prefetch_measures_what_the_consumer_waited():
-  iterator = loader.prefetch(lambda k: time.sleep(0.1), 0, 1)
+  iterator = prefetch_lib.prefetch(lambda k: time.sleep(0.1), 0, 1)
   next(iterator)
   assert 0.05 < iterator.wait_seconds < 1
-  iterator = loader.prefetch(lambda k: k, 0, 1)
+  iterator = prefetch_lib.prefetch(lambda k: k, 0, 1)
   time.sleep(0.1)
   next(iterator)
   assert iterator.wait_seconds < 0.05
@@ -218,7 +219,7 @@ def test_prefetch_raises_in_the_consumer_after_what_came_before():
       raise ValueError("two")
     return k
 
-  iterator = loader.prefetch(fail, 0, 10)
+  iterator = prefetch_lib.prefetch(fail, 0, 10)
   assert [next(iterator), next(iterator)] == [0, 1]
   with pytest.raises(ValueError, match="two"):
     next(iterator)
@@ -229,7 +230,7 @@ def test_prefetch_raises_in_the_consumer_after_what_came_before():
 @pytest.mark.parametrize("stop", ["close", "let go"])
 def test_prefetch_thread_ends_when_the_consumer_stops(stop):
   before = {*threading.enumerate()}
-  iterator = loader.prefetch(lambda k: k, 0, 10**9)
+  iterator = prefetch_lib.prefetch(lambda k: k, 0, 10**9)
   next(iterator)
   (thread,) = {*threading.enumerate()} - before
   if stop == "close":

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from dpo_jax.data import dataset, loader, packing
+from dpo_jax.data import dataset, loader, placement
 
 RESPONSE = st.integers(0, 6)
 # Pairs, demonstrations, and responses that are labelled undesirable.
@@ -143,7 +143,7 @@ def assert_queries_and_scores(sizes, layout):
   assert batch.lengths.sum() == len(scored)
 
 
-@pytest.mark.parametrize("layout", packing.LAYOUTS)
+@pytest.mark.parametrize("layout", placement.LAYOUTS)
 @hypothesis.given(sizes=st.lists(SIZES, min_size=1, max_size=12))
 def test_responses_see_their_past_and_are_scored_once(layout, sizes):
   assert_queries_and_scores(sizes, layout)
@@ -173,7 +173,7 @@ def test_ends_of_one_pair_by_hand():
     np.testing.assert_array_equal(ends[name], whole[name])
 
 
-@pytest.mark.parametrize("layout", packing.LAYOUTS)
+@pytest.mark.parametrize("layout", placement.LAYOUTS)
 @hypothesis.given(sizes=st.lists(SIZES, min_size=1, max_size=12))
 def test_an_end_is_the_last_token_of_each_response(layout, sizes):
   batch = make_batch(sizes, layout=layout, scored="ends")
@@ -189,7 +189,7 @@ def test_padded_holds_no_lists():
     make_batch([(1, 2, 3, 4)], layout="padded")
 
 
-@pytest.mark.parametrize("layout", packing.LAYOUTS)
+@pytest.mark.parametrize("layout", placement.LAYOUTS)
 @hypothesis.given(sizes=st.lists(PAIR_SIZES, min_size=1, max_size=12))
 def test_a_prompt_is_scored_once_a_pair_from_its_second_token(layout, sizes):
   batch = make_batch(sizes, layout=layout, extra_columns=("prompt",))
@@ -282,7 +282,7 @@ def test_padded_demonstrations_fill_one_row_each():
 )
 def test_rows_are_never_overfull_and_spans_never_overlap(lengths, row_length):
   lengths = np.array(lengths)
-  row, offset = packing.assign_rows(lengths, row_length)
+  row, offset = placement.assign_rows(lengths, row_length)
   assert (offset + lengths <= row_length).all()
   covered = {
     (r, i) for r, o, n in zip(row, offset, lengths) for i in range(o, o + n)
@@ -303,14 +303,14 @@ def test_no_batch_fills_more_rows_than_the_bound(lengths, row_length, data):
   epochs = [*data.draw(order), *data.draw(order)]
   first = data.draw(st.integers(0, len(lengths)))
   spans = np.array(lengths)[epochs[first : first + batch_size]]
-  row, _ = packing.assign_rows(spans, row_length)
-  bound = packing.max_rows(np.array(lengths), batch_size, row_length)
+  row, _ = placement.assign_rows(spans, row_length)
+  bound = placement.max_rows(np.array(lengths), batch_size, row_length)
   assert row.max() + 1 <= bound <= batch_size
 
 
 def test_short_spans_need_few_rows():
-  by_spans = packing.max_rows(np.array([25] * 50), 32, 100)
-  by_tokens = packing.max_rows(np.array([10] * 50 + [60]), 32, 100)
+  by_spans = placement.max_rows(np.array([25] * 50), 32, 100)
+  by_tokens = placement.max_rows(np.array([10] * 50 + [60]), 32, 100)
   assert (by_spans, by_tokens) == (8, 8)
 
 
@@ -347,5 +347,5 @@ def _fields(rows):
 def test_layout_is_padded_only_where_a_window_cuts_mirrored_keys(
   sizes, window, layout
 ):
-  assert packing.layout_for_window(sizes, "mirrored", window) == layout
-  assert packing.layout_for_window(sizes, "padded", window) == "padded"
+  assert placement.layout_for_window(sizes, "mirrored", window) == layout
+  assert placement.layout_for_window(sizes, "padded", window) == "padded"

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from configs import quickstart
-from dpo_jax import trainer
-from dpo_jax.data import synthetic
+from dpo_jax.data.sources import synthetic
 from dpo_jax.evaluation import held_out
+from dpo_jax.run import trainer
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,9 @@ import json
 import pytest
 from matplotlib import figure
 
-from dpo_jax.evaluation import intervals, judges, win_rate, win_rate_report
-from dpo_jax.evaluation.judges import Judge, Verdict
+from dpo_jax.evaluation import intervals, win_rate, win_rate_report
+from dpo_jax.judges import judge as judges
+from dpo_jax.judges.judge import Judge, Verdict
 
 
 def _write(path, rows):

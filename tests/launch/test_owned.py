@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from dpo_jax import files
+from dpo_jax.host import files
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 # What is typed, {} for the folder, and what another process does in that.

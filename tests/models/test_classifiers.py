@@ -15,7 +15,8 @@ import pytest
 import safetensors.numpy
 
 from dpo_jax import sharding
-from dpo_jax.models import huggingface, transformer
+from dpo_jax.models import transformer
+from dpo_jax.models.huggingface import folder as huggingface
 from tests.golden import make_classifiers, make_families
 
 GOLDEN = json.loads(make_classifiers.PATH.read_text())

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from dpo_jax.models import config as model_config
-from dpo_jax.models import transformer
+from dpo_jax.models import presets, transformer
 
 # Parameters of the published checkpoints.
 PUBLISHED = {
@@ -56,13 +56,13 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("preset", PUBLISHED)
 def test_preset_has_the_published_number_of_parameters(preset):
-  shapes = transformer.param_shapes(model_config.make_config(preset))
+  shapes = transformer.param_shapes(presets.make_config(preset))
   sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)]
   assert sum(sizes) == PUBLISHED[preset]
 
 
 def test_config_is_hashable_and_takes_overrides():
-  config = model_config.make_config(
+  config = presets.make_config(
     "tiny", vocab_size=300, dtype="bfloat16", remat="full"
   )
   assert (config.vocab_size, config.dtype, config.remat) == (
@@ -70,7 +70,7 @@ def test_config_is_hashable_and_takes_overrides():
     "bfloat16",
     "full",
   )
-  assert hash(config) != hash(model_config.make_config("tiny"))
+  assert hash(config) != hash(presets.make_config("tiny"))
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_config_is_hashable_and_takes_overrides():
 )
 def test_wrong_setting_is_one_line_that_says_what_is_known(settings, message):
   with pytest.raises(ValueError, match=message) as error:
-    model_config.make_config(**{"preset": "tiny", **settings})
+    presets.make_config(**{"preset": "tiny", **settings})
   assert "\n" not in str(error.value)
 
 
@@ -105,7 +105,7 @@ def test_heads_that_groups_do_not_divide_are_refused():
 
 def test_every_preset_of_a_published_model_is_counted():
   ours = {"tiny", "nano", "mini", "small", "bench-58m"}
-  assert set(model_config.PRESETS) == set(PUBLISHED) | ours
+  assert set(presets.PRESETS) == set(PUBLISHED) | ours
 
 
 @pytest.mark.parametrize(
@@ -120,6 +120,6 @@ def test_every_preset_of_a_published_model_is_counted():
   ],
 )
 def test_what_no_decoder_has_is_refused(settings, message):
-  config = model_config.make_config("tiny")
+  config = presets.make_config("tiny")
   with pytest.raises(ValueError, match=message):
     dataclasses.replace(config, **settings)

@@ -19,12 +19,14 @@ import safetensors.numpy
 import transformers
 
 from dpo_jax import sharding
-from dpo_jax.data import dataset, loader, packing
+from dpo_jax.data import dataset, loader, placement
 from dpo_jax.losses import objectives
-from dpo_jax.models import config as model_config
-from dpo_jax.models import huggingface, huggingface_config, transformer
+from dpo_jax.models import presets, transformer
+from dpo_jax.models.huggingface import config as huggingface_config
+from dpo_jax.models.huggingface import folder as huggingface
 from dpo_jax.sampling import decode
 from dpo_jax.training import optimizers, scoring, state, steps
+from dpo_jax.training import scorer as scorer_lib
 from tests.golden import make_families
 
 CASES = tuple(make_families.CASES)
@@ -92,7 +94,9 @@ def _logits(config, params, tokens):
 def _batches(config):
   """Returns a loader of the golden pairs in the layout that is allowed."""
   tokens = dataset.TokenDataset.from_lists(*make_families.token_lists())
-  layout = packing.layout_for_window(tokens.lengths, "mirrored", config.window)
+  layout = placement.layout_for_window(
+    tokens.lengths, "mirrored", config.window
+  )
   return loader.Loader(
     tokens,
     batch_size=4,
@@ -105,7 +109,7 @@ def _batches(config):
 
 def _scorer(config):
   objective = objectives.make_objective("dpo", {"beta": make_families.BETA})
-  return steps.Scorer(config, None, objective, chunk_length=16)
+  return scorer_lib.Scorer(config, None, objective, chunk_length=16)
 
 
 @functools.cache
@@ -190,7 +194,7 @@ def test_training_lowers_the_loss_and_the_export_keeps_it(
   )
   optimizer = optimizers.make_optimizer("adamw", schedule, clip=0.0)
   objective = objectives.make_objective("dpo", {"beta": make_families.BETA})
-  scorer = steps.Scorer(config, config, objective, chunk_length=16)
+  scorer = scorer_lib.Scorer(config, config, objective, chunk_length=16)
   layouts = sharding.array_shardings(
     mesh, transformer.logical_axes(config), transformer.param_shapes(config)
   )
@@ -336,9 +340,9 @@ def test_no_device_ever_holds_every_expert(folders):
   assert set(kernels) == {"1"}
 
 
-@pytest.mark.parametrize("preset", model_config.PRESETS)
+@pytest.mark.parametrize("preset", presets.PRESETS)
 def test_transformers_reads_a_preset_and_writes_it_back(preset, tmp_path):
-  config = model_config.PRESETS[preset]
+  config = presets.PRESETS[preset]
   huggingface.write_config(str(tmp_path), config)
   theirs = transformers.AutoConfig.from_pretrained(tmp_path)
   assert huggingface_config.parse(theirs.to_dict()) == config

@@ -18,7 +18,9 @@ import pytest
 
 from dpo_jax import sharding
 from dpo_jax.models import config as model_config
-from dpo_jax.models import huggingface, huggingface_adapters, lora, transformer
+from dpo_jax.models import lora, transformer
+from dpo_jax.models.huggingface import adapters as huggingface_adapters
+from dpo_jax.models.huggingface import folder as huggingface
 from tests import drawn
 
 SIZES = {

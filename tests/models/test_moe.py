@@ -12,6 +12,7 @@ from dpo_jax.losses import objectives
 from dpo_jax.models import config as model_config
 from dpo_jax.models import moe, transformer
 from dpo_jax.training import optimizers, state, steps
+from dpo_jax.training import scorer as scorer_lib
 
 CONFIG = model_config.of_family(
   "mixtral",
@@ -155,7 +156,7 @@ def _step(weight, microbatch_rows):
   optimizer = optimizers.make_optimizer("adamw", schedule, clip=0.0)
   settings = {"beta": 0.5, "gamma": 0.1, "label_smoothing": 0.0}
   objective = objectives.make_objective("simpo", settings)
-  scorer = steps.Scorer(
+  scorer = scorer_lib.Scorer(
     CONFIG, None, objective, chunk_length=16, router_loss=weight
   )
   params = _init()

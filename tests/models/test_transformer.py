@@ -10,7 +10,7 @@ import pytest
 
 from dpo_jax import sharding
 from dpo_jax.models import config as model_config
-from dpo_jax.models import layers, transformer
+from dpo_jax.models import layers, presets, transformer
 
 CONFIGS = {
   "llama": model_config.llama(
@@ -218,7 +218,7 @@ def test_every_matrix_is_split_over_fsdp_and_tensor(model):
 
 
 def test_initial_values():
-  config = model_config.make_config("gpt2", vocab_size=2000)
+  config = presets.make_config("gpt2", vocab_size=2000)
   config = dataclasses.replace(config, num_layers=2, d_model=96, d_mlp=384)
   params = _init(config)
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):

@@ -15,7 +15,8 @@ from dpo_jax import sharding
 from dpo_jax.checkpoints import manager, source
 from dpo_jax.losses import logprobs
 from dpo_jax.models import config as model_config
-from dpo_jax.models import huggingface, transformer
+from dpo_jax.models import transformer
+from dpo_jax.models.huggingface import folder as huggingface
 from dpo_jax.types import Rows
 from tests import drawn
 

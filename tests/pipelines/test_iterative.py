@@ -8,11 +8,12 @@ import shutil
 import pytest
 
 from configs import quickstart
-from dpo_jax import trainer
 from dpo_jax.checkpoints import run_folder
-from dpo_jax.data import synthetic
+from dpo_jax.data.sources import synthetic
 from dpo_jax.models import config as model_config
+from dpo_jax.models import presets
 from dpo_jax.pipelines import iterative
+from dpo_jax.run import trainer
 from dpo_jax.sampling import decode
 from tests import test_end_to_end as end_to_end
 
@@ -61,7 +62,7 @@ def folder(tmp_path_factory):
   """Returns a folder of a policy, `sft`, and of two rounds, `rounds`."""
   folder = tmp_path_factory.mktemp("iterative")
   with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(model_config.PRESETS, "tiny", SMALL)
+    patch.setitem(presets.PRESETS, "tiny", SMALL)
     assert trainer.train(_config(folder, "sft"), str(folder / "sft"))
   rounds = str(folder / "rounds")
   assert iterative.run(_config(folder), rounds, _settings(folder), rounds=2)

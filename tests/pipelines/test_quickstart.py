@@ -5,7 +5,7 @@ import json
 import pytest
 
 from configs import quickstart
-from dpo_jax.data import synthetic
+from dpo_jax.data.sources import synthetic
 from dpo_jax.pipelines import quickstart as pipeline
 from tests import test_end_to_end
 

@@ -6,7 +6,7 @@ import pytest
 
 from configs import imdb_sentiment
 from dpo_jax.checkpoints import manager
-from dpo_jax.data import synthetic
+from dpo_jax.data.sources import synthetic
 from dpo_jax.evaluation import frontier
 from dpo_jax.pipelines import sentiment, stages
 from tests import test_end_to_end as end_to_end

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from configs import imdb_sentiment
-from dpo_jax import experiment
 from dpo_jax.checkpoints import run_folder
 from dpo_jax.pipelines import measure, stages
+from dpo_jax.run import experiment
 
 
 def test_stages_stop_at_one_that_did_not_end_and_keep_their_times(tmp_path):

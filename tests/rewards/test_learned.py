@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 
 from configs import quickstart
-from dpo_jax import export, trainer
 from dpo_jax.checkpoints import manager, source
-from dpo_jax.data import synthetic
+from dpo_jax.data.sources import synthetic
+from dpo_jax.inference import export
 from dpo_jax.models import config as model_config
-from dpo_jax.models import huggingface, transformer
+from dpo_jax.models import presets, transformer
+from dpo_jax.models.huggingface import folder as huggingface
 from dpo_jax.rewards import learned
+from dpo_jax.run import trainer
 
 TOKENIZER = synthetic.make_tokenizer()
 SMALL = model_config.llama(
@@ -168,7 +170,7 @@ def test_mistakes_end_in_one_line(folders, reward_fn, tmp_path):
 
 
 def _train(workdir, loss, monkeypatch, **changes):
-  monkeypatch.setitem(model_config.PRESETS, "tiny", SMALL)
+  monkeypatch.setitem(presets.PRESETS, "tiny", SMALL)
   config = quickstart.get_config(loss)
   config.data.path, config.data.eval_path = "pairs:64", "pairs:40"
   config.data.cache_dir = str(workdir.parent / "cache")

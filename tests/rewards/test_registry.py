@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 
 from configs import quickstart
-from dpo_jax import export, trainer
-from dpo_jax.data import synthetic
-from dpo_jax.evaluation import judge_kinds, judges
+from dpo_jax.data.sources import synthetic
+from dpo_jax.inference import export
+from dpo_jax.judges import judge as judges
+from dpo_jax.judges import kinds as judge_kinds
 from dpo_jax.models import config as model_config
+from dpo_jax.models import presets
 from dpo_jax.rewards import learned, registry
+from dpo_jax.run import trainer
 
 SMALL = model_config.llama(
   vocab_size=len(synthetic.make_tokenizer()),
@@ -29,7 +32,7 @@ OUTPUTS = {"reward_model": "logit", "classifier": "probability"}
 @pytest.fixture(autouse=True, scope="module")
 def small():
   with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(model_config.PRESETS, "tiny", SMALL)
+    patch.setitem(presets.PRESETS, "tiny", SMALL)
     yield
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from dpo_jax import sharding
 from dpo_jax.models import config as model_config
-from dpo_jax.models import transformer
+from dpo_jax.models import incremental, transformer
 from dpo_jax.sampling import decode, draws
 
 EOS = 1
@@ -186,7 +186,7 @@ def test_a_stop_token_cuts_the_same_draws_short():
 @pytest.mark.slow
 def test_the_loop_stops_when_every_row_has_ended(monkeypatch):
   calls = []
-  extend = transformer.extend
+  extend = incremental.extend
 
   def counted(*arguments):
     jax.debug.callback(lambda: calls.append(1))

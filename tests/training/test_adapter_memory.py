@@ -18,8 +18,9 @@ from jax.experimental import topologies
 from dpo_jax import sharding
 from dpo_jax.losses import objectives
 from dpo_jax.models import config as model_config
-from dpo_jax.models import lora, transformer
+from dpo_jax.models import lora, presets, transformer
 from dpo_jax.training import optimizers, state, steps
+from dpo_jax.training import scorer as scorer_lib
 from dpo_jax.types import Batch, Rows
 
 NUM_DEVICES = 8
@@ -67,7 +68,7 @@ def _memory(config, mesh, *, loss, reference, length):
     length: tokens in a row.
   """
   plain = dataclasses.replace(config, lora=None)
-  scorer = steps.Scorer(
+  scorer = scorer_lib.Scorer(
     config,
     plain if reference else None,
     objectives.make_objective(loss, LOSSES[loss]),
@@ -122,7 +123,7 @@ def _assert_one_copy(config, devices, length):
 @pytest.mark.slow
 def test_a_reference_of_adapters_at_7b_has_no_second_copy():
   devices, dtype = _devices()
-  config = model_config.make_config(
+  config = presets.make_config(
     "llama-7b", dtype=dtype, param_dtype=dtype, remat="full"
   )
   config = lora.with_lora(config, model_config.Lora(8, 16.0, ".*"))

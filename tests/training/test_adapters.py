@@ -10,15 +10,20 @@ import numpy as np
 import pytest
 
 from configs import quickstart
-from dpo_jax import experiment as experiment_lib
-from dpo_jax import export, sharding, trainer
+from dpo_jax import sharding
 from dpo_jax.checkpoints import manager, run_folder, source
-from dpo_jax.data import dataset, loader, synthetic
+from dpo_jax.data import dataset, loader
+from dpo_jax.data.sources import synthetic
 from dpo_jax.evaluation import held_out
+from dpo_jax.inference import export
 from dpo_jax.losses import objectives
 from dpo_jax.models import config as model_config
-from dpo_jax.models import huggingface, lora, transformer
+from dpo_jax.models import lora, transformer
+from dpo_jax.models.huggingface import folder as huggingface
+from dpo_jax.run import experiment as experiment_lib
+from dpo_jax.run import trainer
 from dpo_jax.training import optimizers, scoring, state, steps
+from dpo_jax.training import scorer as scorer_lib
 from tests import drawn
 
 MAKE_MESH = sharding.make_mesh
@@ -60,7 +65,7 @@ def _steps_on(
   )
   objective = objectives.make_objective("dpo", {"beta": 0.5})
   plain = dataclasses.replace(config, lora=None)
-  scorer = steps.Scorer(config, plain, objective, chunk_length=16)
+  scorer = scorer_lib.Scorer(config, plain, objective, chunk_length=16)
   rate = lambda step: 1e-2 + 0 * step
   optimizer = optimizers.make_optimizer("adamw", rate, clip=0.0)
   batches = loader.Loader(

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from absl import logging
 
-from dpo_jax import endings, reinforcement
+from dpo_jax.host import endings
+from dpo_jax.run import ppo as ppo_run
 from dpo_jax.training import loop, state
 
 NAN = float("nan")
@@ -83,7 +84,7 @@ def test_the_last_step_is_checked_too():
 def test_an_iteration_of_ppo_ends_before_the_next_one_samples():
   iterate = lambda train_state, k, prompts: (train_state, _metrics(loss=NAN))
   options = types.SimpleNamespace(updates_per_step=4)
-  step = reinforcement.make_step(options, iterate, lambda k: jnp.float32(0))
+  step = ppo_run.make_step(options, iterate, lambda k: jnp.float32(0))
   with pytest.raises(endings.NotFiniteError, match="step 5: loss is nan"):
     step(None, (4, []))
 

@@ -11,12 +11,11 @@ import optax
 import pytest
 
 from dpo_jax import sharding
-from dpo_jax.models import config as model_config
-from dpo_jax.models import transformer
+from dpo_jax.models import presets, transformer
 from dpo_jax.sampling import decode
-from dpo_jax.training import iteration, ppo, state
+from dpo_jax.training import ppo, ppo_iteration, ppo_rows, state
 
-CONFIG = model_config.make_config("tiny")
+CONFIG = presets.make_config("tiny")
 NUM_RESPONSES, MAX_NEW_TOKENS, MAX_LENGTH = 8, 12, 24
 SMALL_MESH = (1, 1, 1)  # data, fsdp, tensor
 SETTINGS = ppo.Settings(epochs=1, minibatches=2, target_kl=1.0)
@@ -70,12 +69,14 @@ def _generate(params, prompts, numbers):
 def _iteration(optimizer, mesh, microbatch_rows):
   """Returns an iteration of PPO on random tokens with random scores."""
   actor = ppo.Actor(CONFIG, chunk_length=16)
-  return iteration.Iteration(
+  return ppo_iteration.Iteration(
     SETTINGS,
     policy=actor,
     reference=actor,
     optimizer=optimizer,
-    rows=ppo.RowSettings(32, MAX_LENGTH, microbatch_rows, (0, microbatch_rows)),
+    rows=ppo_rows.RowSettings(
+      32, MAX_LENGTH, microbatch_rows, (0, microbatch_rows)
+    ),
     max_new_tokens=MAX_NEW_TOKENS,
     generate_fn=_generate,
     score_fn=lambda prompts, responses, ended: np.array(
@@ -121,8 +122,8 @@ def test_values_and_logps_are_those_of_each_sequence_by_itself():
   mesh = _make_mesh(SMALL_MESH)
   params = _init_state(CONFIG, optax.sgd(0.0), mesh, head_seed=1).params
   actor = ppo.Actor(CONFIG, chunk_length=16, temperature=0.5)
-  packed = ppo.pack_responses(
-    prompts, responses, ppo.RowSettings(64, MAX_LENGTH, 2, (0, 2))
+  packed = ppo_rows.pack_responses(
+    prompts, responses, ppo_rows.RowSettings(64, MAX_LENGTH, 2, (0, 2))
   )
   score = jax.jit(ppo.make_score_step(actor, actor, MAX_NEW_TOKENS))
   found = score(params, ppo.decoder_params(params), packed)
@@ -166,12 +167,12 @@ def test_nothing_moves_at_learning_rate_0_and_the_ratio_is_exactly_1():
 
 def test_responses_that_did_not_end_lose_the_penalty():
   def rollout(penalty):
-    iterate = iteration.Iteration(
+    iterate = ppo_iteration.Iteration(
       dataclasses.replace(SETTINGS, missing_eos_penalty=penalty),
       policy=ppo.Actor(CONFIG, chunk_length=16),
       reference=ppo.Actor(CONFIG, chunk_length=16),
       optimizer=optax.sgd(0.0),
-      rows=ppo.RowSettings(32, MAX_LENGTH, 1, (0, 1)),
+      rows=ppo_rows.RowSettings(32, MAX_LENGTH, 1, (0, 1)),
       max_new_tokens=MAX_NEW_TOKENS,
       generate_fn=_generate,
       score_fn=lambda prompts, responses, ended: np.where(ended, 2.0, 0.5),
@@ -212,7 +213,7 @@ def test_the_kl_coefficient_is_steered():
 
 
 def test_orders_are_functions_of_seed_iteration_and_epoch():
-  order = ppo.minibatch_order
+  order = ppo_rows.minibatch_order
   np.testing.assert_array_equal(order(1, 2, 3, 50), order(1, 2, 3, 50))
   np.testing.assert_array_equal(np.sort(order(1, 2, 3, 50)), np.arange(50))
   for other in ((0, 2, 3, 50), (1, 0, 3, 50), (1, 2, 0, 50)):
@@ -272,12 +273,12 @@ def test_a_bandit_comes_to_the_best_policy_at_its_beta():
       now, params=sharpen(now.params), reference=sharpen(now.reference)
     )
     reference = logps_of(now.reference)
-    iterate = iteration.Iteration(
+    iterate = ppo_iteration.Iteration(
       settings,
       policy=actor,
       reference=actor,
       optimizer=optimizer,
-      rows=ppo.RowSettings(128, 3, 1, (0, 1)),
+      rows=ppo_rows.RowSettings(128, 3, 1, (0, 1)),
       max_new_tokens=1,
       generate_fn=generate,
       score_fn=lambda _, responses, ended: rewards[[x for (x,) in responses]],

@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 
 from configs import quickstart
-from dpo_jax import experiment as experiment_lib
-from dpo_jax import sharding, trainer
+from dpo_jax import sharding
 from dpo_jax.data import dataset, loader
 from dpo_jax.losses import objectives
-from dpo_jax.models import config as model_config
+from dpo_jax.models import presets
+from dpo_jax.run import experiment as experiment_lib
+from dpo_jax.run import trainer
 from dpo_jax.training import reference
 
-TINY = model_config.make_config("tiny")
+TINY = presets.make_config("tiny")
 DPO = objectives.make_objective("dpo", {"beta": 0.1})
 MAKE_MESH = sharding.make_mesh
 COMPUTES, READS = "computes log-probabilities", "read from"
@@ -252,7 +253,7 @@ def test_the_key_is_of_tokens_weights_and_token_weights():
     make_key(last=9),
     make_key(prompt=((1,), (2, 3))),
     make_key(prints=(2,)),
-    make_key(model=model_config.make_config("tiny", dtype="bfloat16")),
+    make_key(model=presets.make_config("tiny", dtype="bfloat16")),
     make_key(
       objective=objectives.make_objective("dpo", {"beta": 0.1}, ld_alpha=0.5)
     ),
@@ -262,7 +263,7 @@ def test_the_key_is_of_tokens_weights_and_token_weights():
 
 
 def test_in_bfloat16_the_key_is_of_rows_too():
-  model = model_config.make_config("tiny", dtype="bfloat16")
+  model = presets.make_config("tiny", dtype="bfloat16")
   tokens = dataset.TokenDataset.from_lists([[1], [2]], [[4], [5]], [[6], [7]])
 
   def make_key(**settings):

@@ -14,6 +14,7 @@ from dpo_jax.losses import objectives
 from dpo_jax.models import config as model_config
 from dpo_jax.models import heads, transformer
 from dpo_jax.training import metrics, optimizers, scoring, state, steps
+from dpo_jax.training import scorer as scorer_lib
 from dpo_jax.types import Rows
 from tests import hlo
 
@@ -66,7 +67,7 @@ def _tokens(name):
 
 def _scorer(name):
   objective = objectives.make_objective(name, HYPERPARAMETERS[name])
-  return steps.Scorer(_config(name), None, objective, chunk_length=16)
+  return scorer_lib.Scorer(_config(name), None, objective, chunk_length=16)
 
 
 def _batches(name, **settings):

@@ -11,13 +11,13 @@ import pytest
 from dpo_jax import sharding
 from dpo_jax.data import dataset, loader
 from dpo_jax.losses import objectives
-from dpo_jax.models import config as model_config
-from dpo_jax.models import transformer
+from dpo_jax.models import presets, transformer
 from dpo_jax.training import optimizers, scoring, state, steps
+from dpo_jax.training import scorer as scorer_lib
 from tests import hlo
 
 NUM_PAIRS = 24
-CONFIG = model_config.make_config("tiny")
+CONFIG = presets.make_config("tiny")
 SMALL_MESH = (1, 1, 1)  # data, fsdp, tensor
 _slow = lambda value: pytest.param(value, marks=pytest.mark.slow)
 MESHES = [_slow((1, 8, 1)), (2, 2, 2), _slow((4, 1, 2))]
@@ -96,7 +96,7 @@ def _run(
   )
   optimizer = optimizers.make_optimizer("adamw", rate, clip=0.0)
   reference = config if objective.needs_reference else None
-  scorer = steps.Scorer(
+  scorer = scorer_lib.Scorer(
     config,
     reference,
     objective,
@@ -144,7 +144,7 @@ def test_loss_is_log2_when_policy_equals_reference():
 
 
 def test_swapping_chosen_and_rejected_negates_the_margin():
-  scorer = steps.Scorer(CONFIG, CONFIG, _objective("dpo"), chunk_length=16)
+  scorer = scorer_lib.Scorer(CONFIG, CONFIG, _objective("dpo"), chunk_length=16)
   score = jax.jit(steps.make_score_step(scorer))
   policy, reference = (
     transformer.init_params(CONFIG, jax.random.key(seed)) for seed in (1, 2)
@@ -208,7 +208,7 @@ def test_the_mesh_changes_no_number(name, mesh):
 def test_a_coupled_loss_has_the_gradient_of_its_definition():
   """Two passes give what one pass over all pairs gives by autodiff."""
   objective = _objective("aot")
-  scorer = steps.Scorer(CONFIG, CONFIG, objective, chunk_length=16)
+  scorer = scorer_lib.Scorer(CONFIG, CONFIG, objective, chunk_length=16)
   batches = loader.Loader(_tokens(), batch_size=8, microbatch_rows=16)
   batch = batches.batch(0)
   rows = jax.tree.map(lambda x: x[0], batch.rows)
@@ -233,7 +233,7 @@ def test_a_coupled_loss_has_the_gradient_of_its_definition():
 @pytest.mark.parametrize("data", [_slow(_tokens), _labelled])
 def test_kto_has_the_gradient_of_its_definition(data):
   """Scored beforehand, mismatched responses give what all at once give."""
-  scorer = steps.Scorer(CONFIG, CONFIG, _objective("kto"), chunk_length=16)
+  scorer = scorer_lib.Scorer(CONFIG, CONFIG, _objective("kto"), chunk_length=16)
   make_batch = lambda rows: loader.Loader(
     data(), batch_size=8, microbatch_rows=rows, extra_columns=("mismatched",)
   ).batch(0)
@@ -296,7 +296,7 @@ def test_a_list_scores_each_response_as_if_it_stood_alone():
   responses[3][2] = []  # a list of three
   data = dataset.TokenDataset.from_lists(prompt, *responses)
   objective = _objective("plackett_luce")
-  scorer = steps.Scorer(CONFIG, CONFIG, objective, chunk_length=16)
+  scorer = scorer_lib.Scorer(CONFIG, CONFIG, objective, chunk_length=16)
   score = jax.jit(steps.make_score_step(scorer))
   policy, reference = (
     transformer.init_params(CONFIG, jax.random.key(seed)) for seed in (1, 2)
@@ -361,7 +361,7 @@ def test_no_array_of_a_step_is_larger_in_the_vocabulary_than_one_chunk():
   vocab, chunk_length, num_rows = 32_000, 16, 2
   config = dataclasses.replace(CONFIG, vocab_size=vocab, d_model=48)
   objective = _objective("dpo")
-  scorer = steps.Scorer(config, config, objective, chunk_length)
+  scorer = scorer_lib.Scorer(config, config, objective, chunk_length)
   rate = lambda step: jnp.float32(1e-3)
   optimizer = optimizers.make_optimizer("adamw", rate, clip=1.0)
   params = transformer.param_shapes(config)

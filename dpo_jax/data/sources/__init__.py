@@ -1,0 +1,1 @@
+"""One file a source: what it reads, row by row."""

@@ -1,0 +1,1 @@
+"""A trained model at work: it samples, scores, and is written for others."""

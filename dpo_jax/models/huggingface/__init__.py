@@ -1,0 +1,1 @@
+"""Model and adapter folders in Hugging Face's format, read and written."""

@@ -1,0 +1,1 @@
+"""Dialogue and summaries, from pairs to win rates."""
