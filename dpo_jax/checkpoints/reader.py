@@ -112,7 +112,10 @@ def _try_read(
       cause = error.__cause__ or error
       text = (str(cause) or type(cause).__name__).splitlines()[0]
       time.sleep(_ABANDONED_READS_SECONDS)
-      return None, {}, text[:200]
+      reason = text[:200]
+      del cause
+    gc.collect()  # lets go of the other reads while nothing of them is heard
+    return None, {}, reason
 
 
 def _read_in_turns(path: pathlib.Path, abstract: Any, partial: bool) -> Any:
@@ -197,9 +200,6 @@ def _abandoned_reads_hushed() -> Iterator[None]:
   sys.unraisablehook, asyncio_logger.disabled = lambda _: None, True
   try:
     yield
-  except BaseException:
-    gc.collect()  # lets go of those reads while nothing of them is heard
-    raise
   finally:
     sys.unraisablehook, asyncio_logger.disabled = hook, disabled
 

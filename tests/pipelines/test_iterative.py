@@ -220,6 +220,7 @@ MISTAKES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("changes", "loss", "overrides", "message"), MISTAKES)
 def test_mistakes_are_refused_before_a_round(
   changes, loss, overrides, message, folder, tmp_path
