@@ -18,6 +18,7 @@ def _small_config(loss):
   return config
 
 
+@pytest.mark.slow
 def test_a_small_quickstart_runs_its_stages_once(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(pipeline, "BETAS", (0.1,))
   monkeypatch.setattr(pipeline, "MAX_NEW_TOKENS", 8)

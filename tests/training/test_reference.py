@@ -152,6 +152,7 @@ def test_cached_has_the_mismatched_responses_of_kto(tmp_path):
   _assert_same(*([run.evaluate()] for run in runs), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_sweep_computes_once(tmp_path, capfd):
   settings = {"steps": 1, "data.eval_path": ""}
   train = lambda name, **more: trainer.train(
@@ -296,6 +297,7 @@ def _compute_slowly(folder, begun):
   assert (logps == 1).all()
 
 
+@pytest.mark.slow
 def test_of_two_runs_one_computes(tmp_path):
   spawn = multiprocessing.get_context("spawn")
   begun = spawn.Barrier(2)
