@@ -141,7 +141,7 @@ def test_what_is_done_is_not_done_again(folder, tmp_path, monkeypatch):
     path.write_text(text)
   with monkeypatch.context() as patch:
     patch.setattr(trainer, "train", _refuse)
-    patch.setattr(iterative.policy_lib, "Policy", _refuse)
+    patch.setattr(iterative.model_lib, "Policy", _refuse)
     assert run(2)
     assert (rounds / "rounds.jsonl").read_text() == expected
     with pytest.raises(ValueError, match="iterative.samples was 4 and is 3"):

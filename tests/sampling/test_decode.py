@@ -192,7 +192,7 @@ def test_the_loop_stops_when_every_row_has_ended(monkeypatch):
     jax.debug.callback(lambda: calls.append(1))
     return extend(*arguments)
 
-  monkeypatch.setattr(transformer, "extend", counted)
+  monkeypatch.setattr(incremental, "extend", counted)
   # A length of its own, so that this is compiled anew.
   found = _sample(PROMPTS, new=200, samples_per_prompt=2, batch_rows=20)
   jax.effects_barrier()

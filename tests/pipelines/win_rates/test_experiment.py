@@ -215,7 +215,7 @@ def test_a_given_model_is_shown_examples(tmp_path, monkeypatch):
   made._write_data(folder / "data.json")
   calls = []
   monkeypatch.setattr(
-    win_rates.policy,
+    win_rates.model_lib,
     "write_samples",
     lambda source, prompts, *_, **options: calls.append(
       (source, prompts, options["max_prompt_length"])
