@@ -1,4 +1,6 @@
 import dataclasses
+import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -6,6 +8,7 @@ import pytest
 from docs import losses
 
 LOSSES = losses.objectives.LOSSES
+REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 
 
 def with_docstring(text):
@@ -86,3 +89,29 @@ def test_a_loss_of_demonstrations_is_listed_and_not_drawn():
   assert not losses.is_drawn(LOSSES["sft"])
   assert "| demonstrations: a constant weight |" in losses.row(LOSSES["sft"])
   assert losses.page().index("| `dpo` |") < losses.page().index("| `kto` |")
+
+
+PAGES = [
+  REPOSITORY / "README.md",
+  *sorted((REPOSITORY / "docs").rglob("*.md")),
+]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_of_a_page_lead_to_files(page):
+  links = re.findall(r"\]\(([^)#\s]+)\)", page.read_text())
+  absent = [
+    link
+    for link in links
+    if "://" not in link and not (page.parent / link).exists()
+  ]
+  assert not absent
+
+
+def test_the_tour_says_how_long_it_is():
+  text = (REPOSITORY / "docs" / "tour.md").read_text()
+  files = dict.fromkeys(re.findall(r"\(\.\./(dpo_jax/[^)]+\.py)\)", text))
+  lines = sum(len((REPOSITORY / x).read_text().splitlines()) for x in files)
+  said = re.search(r"through (\d+) files, about ([\d,]+) lines", text)
+  assert int(said[1]) == len(files)
+  assert abs(int(said[2].replace(",", "")) - lines) < 100
