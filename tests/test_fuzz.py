@@ -53,7 +53,7 @@ class Commands:
     """Returns what was read; None where it ended in one line."""
     try:
       config = cli.load_config(
-        "configs/pairs.py:dpo", self._overrides | changes
+        f"{REPOSITORY}/configs/pairs.py:dpo", self._overrides | changes
       )
       built = experiment.build(config)
       found = {"settings": built.settings, "model": built.scorer.policy}
@@ -160,8 +160,9 @@ def commands(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def in_repository(monkeypatch):
-  monkeypatch.chdir(REPOSITORY)
+def elsewhere(monkeypatch, tmp_path):
+  """A flag may name any folder, to which caches are then written."""
+  monkeypatch.chdir(tmp_path)
 
 
 def _check_both_happen(reads):
