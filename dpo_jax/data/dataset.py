@@ -21,7 +21,7 @@ from absl import logging
 
 from dpo_jax.data import examples, tokenize, truncation
 from dpo_jax.data.packing import PairTokens, Ragged
-from dpo_jax.host import caches, endings, schema
+from dpo_jax.host import caches, endings, files, schema
 
 # To be raised with any change of what a row is tokenised to.
 CACHE_VERSION = 2
@@ -203,9 +203,7 @@ def _write(
   folder: pathlib.Path, tokens: PairTokens, report: tokenize.Report
 ) -> None:
   """Writes a cache, whole or not at all."""
-  partial = caches.partial(folder)
-  partial.mkdir(parents=True)
-  try:
+  with files.folder(folder, marker=REPORT) as part:
     ragged = (tokens.prompt, *tokens.responses)
     arrays = [
       pa.LargeListArray.from_arrays(pa.array(x.offsets), pa.array(x.values))
@@ -215,12 +213,9 @@ def _write(
     if tokens.score_gaps is not None:
       table = table.append_column(SCORE_GAPS, pa.array(tokens.score_gaps))
     datasets.disable_progress_bars()
-    datasets.Dataset(table).save_to_disk(partial)
-    written = dataclasses.asdict(report) | {"sha256": _checksum(partial)}
-    (partial / REPORT).write_text(json.dumps(written, indent=2) + "\n")
-    partial.rename(folder)
-  finally:
-    caches.remove(partial)
+    datasets.Dataset(table).save_to_disk(part)
+    written = dataclasses.asdict(report) | {"sha256": _checksum(part)}
+    (part / REPORT).write_text(json.dumps(written, indent=2) + "\n")
 
 
 def _open(folder: pathlib.Path) -> TokenDataset | None:

@@ -1,8 +1,7 @@
-"""What keeps caches whole: locks, and names of what is being written.
+"""What keeps caches whole: locks, and the end of what killed writers left.
 
-A cache `name` is written beside it as `.name-<hex>`, by whoever holds
-`name.lock`, and then renamed. So what bears such a name while nobody holds
-the lock is of a process that was killed.
+A cache is written by whoever holds its lock, as `files` writes. So a
+`.NAME.part` while nobody holds the lock is of a process that was killed.
 """
 
 import contextlib
@@ -10,7 +9,6 @@ import os
 import pathlib
 import re
 import shutil
-import uuid
 
 import filelock
 
@@ -18,11 +16,6 @@ import filelock
 def lock(path: pathlib.Path) -> filelock.FileLock:
   """Returns the lock of a cache, a file or folder; its folder must exist."""
   return filelock.FileLock(path.with_suffix(".lock"))
-
-
-def partial(path: pathlib.Path) -> pathlib.Path:
-  """Returns a new name, where a cache is written before it is renamed."""
-  return path.with_name(f".{path.stem}-{uuid.uuid4().hex}")
 
 
 def remove(path: pathlib.Path) -> None:
@@ -39,7 +32,7 @@ def sweep(cache_dir: str | os.PathLike[str]) -> None:
   Nothing is removed beneath a writer that lives, this process's own included.
   """
   for path in pathlib.Path(cache_dir).iterdir():
-    if match := re.fullmatch(r"\.(.+)-[0-9a-f]{32}", path.name):
+    if match := re.fullmatch(r"\.(.+)\.part", path.name):
       # Where its writer lives, the lock is held.
       with contextlib.suppress(filelock.Timeout):
         with lock(path.with_name(match[1])).acquire(timeout=0):

@@ -32,7 +32,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from dpo_jax.data import loader
-from dpo_jax.host import caches, endings, schema
+from dpo_jax.host import caches, files, schema
 from dpo_jax.losses import objectives
 from dpo_jax.models import config as model_config
 from dpo_jax.types import Array, Params
@@ -280,8 +280,7 @@ def cached_logps(
     say(f"reference: computes log-probabilities of {shape[0]} pairs{why}")
     logps = np.asarray(compute(), np.float32)
     if is_writer:
-      with endings.writing(path):
-        _write(path, key, logps)
+      _write(path, key, logps)
     return logps
 
 
@@ -320,14 +319,10 @@ def _read(
 
 def _write(path: pathlib.Path, key: str, logps: np.ndarray) -> None:
   """Writes a cache, whole or not at all."""
-  part = caches.partial(path)
-  try:
-    with part.open("wb") as file:
-      np.savez(file, logps=logps, sha256=np.array(_checksum(key, logps)))
+  if not path.is_file() or path.is_symlink():
     caches.remove(path)
-    part.replace(path)
-  finally:
-    part.unlink(missing_ok=True)
+  with files.replacing(path) as part, part.open("wb") as file:
+    np.savez(file, logps=logps, sha256=np.array(_checksum(key, logps)))
 
 
 def _checksum(key: str, logps: np.ndarray) -> str:

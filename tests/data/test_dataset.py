@@ -228,7 +228,7 @@ def test_whatever_else_is_at_a_cache_s_place_is_replaced(
 
 
 def test_a_build_sweeps_what_killed_builds_left(load, tmp_path):
-  left = tmp_path / "cache" / f".{'0' * 32}-{'1' * 32}"
+  left = tmp_path / "cache" / f".{'0' * 32}.part"
   left.mkdir(parents=True)
   load()
   assert not left.exists()

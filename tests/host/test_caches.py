@@ -4,8 +4,8 @@ from dpo_jax.host import caches
 
 
 def test_what_a_kill_left_is_swept_but_not_beneath_a_writer(tmp_path):
-  paths = [tmp_path / name for name in ("a", "reference_b.npz", "c")]
-  folder, file, alive = map(caches.partial, paths)
+  names = ("a", "reference_b.npz", "c")
+  folder, file, alive = (tmp_path / f".{name}.part" for name in names)
   for path in (folder, alive):
     path.mkdir()
     (path / "part.arrow").write_bytes(b"x")
@@ -13,7 +13,7 @@ def test_what_a_kill_left_is_swept_but_not_beneath_a_writer(tmp_path):
   kept = [tmp_path / ".notes", tmp_path / "a", tmp_path / "reference_b.npz"]
   for path in kept:
     path.touch()
-  with caches.lock(paths[2]):
+  with caches.lock(tmp_path / "c"):
     caches.sweep(tmp_path)
     assert alive.exists() and not folder.exists() and not file.exists()
   caches.sweep(tmp_path)

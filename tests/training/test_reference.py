@@ -211,7 +211,7 @@ def _save_array(path):
 def test_whatever_else_is_at_a_cache_s_place_is_replaced(tmp_path, place):
   path, said = tmp_path / "reference_key.npz", []
   place(path)
-  left = tmp_path / f".reference_gone-{'0' * 32}"
+  left = tmp_path / ".reference_gone.npz.part"
   left.touch()
   logps = np.ones((6, 2), np.float32)
   load = lambda: reference.cached_logps(
