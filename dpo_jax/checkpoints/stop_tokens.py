@@ -16,7 +16,7 @@ from typing import Any
 import jinja2
 
 from dpo_jax.checkpoints import source
-from dpo_jax.data import tokenize
+from dpo_jax.data import tokenizer_files
 from dpo_jax.models.huggingface import folder as huggingface
 
 GENERATION_CONFIG = "generation_config.json"
@@ -30,7 +30,7 @@ _WRITTEN_BY = ("_from_model_config", "transformers_version")
 
 
 def find(
-  tokenizer: tokenize.Tokenizer, opened: source.ModelSource | None = None
+  tokenizer: tokenizer_files.Tokenizer, opened: source.ModelSource | None = None
 ) -> tuple[int, ...]:
   """Returns the ids that each end a response, the tokenizer's own first.
 
@@ -100,7 +100,7 @@ def _read(path: str) -> dict[str, Any]:
   return values
 
 
-def _end_of_turn(tokenizer: tokenize.Tokenizer) -> list[int]:
+def _end_of_turn(tokenizer: tokenizer_files.Tokenizer) -> list[int]:
   """Returns the token that the template writes behind an answer, if any."""
   if tokenizer.chat_template is None:
     return []

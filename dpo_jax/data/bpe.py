@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import tokenizers
 import transformers
 
-from dpo_jax.data import examples, tokenize
+from dpo_jax.data import examples, tokenizer_files
 from dpo_jax.host import files
 
 EOS = "<|endoftext|>"
@@ -58,7 +58,7 @@ def write(
 ) -> None:
   """Writes a tokenizer folder, whole or not at all."""
   with files.folder(path, marker="tokenizer_config.json") as part:
-    tokenize.save_tokenizer(tokenizer, part)
+    tokenizer_files.save_tokenizer(tokenizer, part)
 
 
 def texts(source: str, paths: Sequence[str], split: str) -> Iterator[str]:

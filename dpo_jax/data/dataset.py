@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 from absl import logging
 
-from dpo_jax.data import examples, tokenize, truncation
+from dpo_jax.data import examples, tokenize, tokenizer_files, truncation
 from dpo_jax.data.packing import PairTokens, Ragged
 from dpo_jax.host import caches, endings, files, schema
 
@@ -122,7 +122,7 @@ def load(
   source: str,
   path: str,
   split: str,
-  tokenizer: tokenize.Tokenizer,
+  tokenizer: tokenizer_files.Tokenizer,
   inputs: str,
   is_builder: bool = True,
   agree: Callable[[Mapping[str, str]], None] = lambda values: None,
@@ -135,7 +135,7 @@ def load(
     source: a name of `examples.SOURCES`.
     path: what the source reads.
     split: which part of it.
-    tokenizer: of `tokenize.load_tokenizer`.
+    tokenizer: of `tokenizer_files.load_tokenizer`.
     inputs: one of `examples.INPUTS`.
     is_builder: whether this process of the run builds; exactly one must.
       Of several runs one builds, and the others wait for it.
@@ -151,7 +151,7 @@ def load(
   settings = {"inputs": inputs} | dataclasses.asdict(limits)
   dataset = None
   data = examples.fingerprint(source, path, split)
-  tokens = tokenize.fingerprint(tokenizer)
+  tokens = tokenizer_files.fingerprint(tokenizer)
   key = [CACHE_VERSION, data, tokens, settings]
   text_hash = lambda text: hashlib.sha256(text.encode()).hexdigest()
   agree({f"content of {path}": data, "tokenizer": text_hash(tokens)})
@@ -181,7 +181,7 @@ def load(
 def _tokenize(
   rows: Iterator[dict],
   path: str,
-  tokenizer: tokenize.Tokenizer,
+  tokenizer: tokenizer_files.Tokenizer,
   settings: dict[str, Any],
 ) -> tuple[PairTokens, tokenize.Report]:
   """Returns tokens and report; at least one row is kept."""

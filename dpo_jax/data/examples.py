@@ -105,7 +105,7 @@ def read(source: str, path: str, *, split: str, inputs: str) -> Iterator[dict]:
     if is_table:
       row = {name: messages.without_nulls(x) for name, x in row.items()}
     place = where(path, number)
-    row, tools = _split_tools(row)
+    row, tools = messages.split_tools(row)
     example = make_example(row, place)
     if "dropped" not in example:
       example |= cuts.read(row, example, place)
@@ -349,14 +349,6 @@ def _get_text(row: dict, name: str, where: str) -> Text:
       " {type, ...} parts, or null beside tool_calls"
     )
   return found
-
-
-def _split_tools(row: dict) -> tuple[dict, Any]:
-  """Returns a row and its tools, which may stand in its prompt."""
-  prompt = row.get("prompt")
-  if isinstance(prompt, dict) and prompt.keys() == {"messages", "tools"}:
-    return row | {"prompt": prompt["messages"]}, prompt["tools"]
-  return row, row.get("tools")
 
 
 def _get_tools(value: Any, where: str) -> list[dict[str, Any]]:

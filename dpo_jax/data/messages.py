@@ -82,3 +82,11 @@ def is_by_assistant(response: Any) -> bool:
   return isinstance(response, str) or all(
     message["role"] == "assistant" for message in response
   )
+
+
+def split_tools(row: dict) -> tuple[dict, Any]:
+  """Returns a row and its tools, which may stand in its prompt."""
+  prompt = row.get("prompt")
+  if isinstance(prompt, dict) and prompt.keys() == {"messages", "tools"}:
+    return row | {"prompt": prompt["messages"]}, prompt["tools"]
+  return row, row.get("tools")

@@ -14,6 +14,7 @@ from dpo_jax.data import (
   dataset,
   examples,
   tokenize,
+  tokenizer_files,
   truncation,
 )
 from dpo_jax.evaluation import preference_report
@@ -116,7 +117,7 @@ def evaluate(
     ValueError: a model or a file cannot be read, or no pair is kept.
   """
   opened = source.open_model(settings.source)
-  tokenizer = tokenize.load_tokenizer(
+  tokenizer = tokenizer_files.load_tokenizer(
     opened.tokenizer, opened.config.vocab_size
   )
   pairs, lists = [], []

@@ -7,7 +7,7 @@ import jax
 
 from dpo_jax import sharding
 from dpo_jax.checkpoints import source, stop_tokens
-from dpo_jax.data import tokenize
+from dpo_jax.data import tokenizer_files
 from dpo_jax.host import files
 from dpo_jax.models import lora, transformer
 from dpo_jax.models.huggingface import adapters as huggingface_adapters
@@ -70,7 +70,7 @@ def _write(path, target, step, dtype, max_shard_bytes, adapter):
     _write_adapter(path, target, step, dtype, opened)
     return
   config = dataclasses.replace(opened.config, param_dtype=dtype)
-  tokenizer = tokenize.load_tokenizer(opened.tokenizer)
+  tokenizer = tokenizer_files.load_tokenizer(opened.tokenizer)
   stop_ids = stop_tokens.find(tokenizer, opened)
   layouts = transformer.layouts(sharding.make_mesh(), config)
   huggingface.save_model(
@@ -99,13 +99,13 @@ def _write_adapter(path, target, step, dtype, opened):
     dtype=dtype,
   )
   if jax.process_index() == 0:
-    tokenizer = tokenize.load_tokenizer(opened.tokenizer)
+    tokenizer = tokenizer_files.load_tokenizer(opened.tokenizer)
     stop_ids = stop_tokens.find(tokenizer, opened)
     _write_tokenizer(target, tokenizer, stop_ids, opened)
 
 
 def _write_tokenizer(target, tokenizer, stop_ids, opened):
   """Writes the tokenizer with its chat template, and what ends a response."""
-  tokenize.save_tokenizer(tokenizer, target)
+  tokenizer_files.save_tokenizer(tokenizer, target)
   if opened.config.head == "vocabulary":
     stop_tokens.write(target, stop_ids, opened)

@@ -23,6 +23,7 @@ from dpo_jax.data import (
   loader,
   placement,
   tokenize,
+  tokenizer_files,
 )
 from dpo_jax.host import files
 from dpo_jax.losses import objectives
@@ -52,7 +53,7 @@ class Policy:
       ValueError: there is no such model.
     """
     opened = source.open_model(path, step=step)
-    self.tokenizer = tokenize.load_tokenizer(
+    self.tokenizer = tokenizer_files.load_tokenizer(
       opened.tokenizer, opened.config.vocab_size
     )
     self.stop_ids = stop_tokens.find(self.tokenizer, opened)

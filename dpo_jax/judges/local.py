@@ -6,7 +6,7 @@ import numpy as np
 
 from dpo_jax import sharding
 from dpo_jax.checkpoints import source
-from dpo_jax.data import dataset, tokenize
+from dpo_jax.data import dataset, tokenize, tokenizer_files
 from dpo_jax.inference import logps as logps_lib
 
 MAX_LENGTH = 2_048  # tokens of question and answer
@@ -31,7 +31,7 @@ def make_logps_fn(
     ValueError: there is no such model, or a length out of range.
   """
   opened = source.open_model(path)
-  tokenizer = tokenize.load_tokenizer(
+  tokenizer = tokenizer_files.load_tokenizer(
     opened.tokenizer, opened.config.vocab_size
   )
   if max_length is None:

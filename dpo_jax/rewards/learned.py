@@ -15,6 +15,7 @@ from dpo_jax.data import (
   loader,
   placement,
   tokenize,
+  tokenizer_files,
   truncation,
 )
 from dpo_jax.losses import objectives
@@ -137,7 +138,7 @@ class Learned:
     self._output = output
     self._limits = limits
     self._with_eos = with_eos
-    self._tokenizer = tokenize.load_tokenizer(
+    self._tokenizer = tokenizer_files.load_tokenizer(
       opened.tokenizer, opened.config.vocab_size
     )
     self._mesh = sharding.make_mesh()

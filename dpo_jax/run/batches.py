@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from dpo_jax import sharding
-from dpo_jax.data import dataset, loader, placement, tokenize
+from dpo_jax.data import dataset, loader, placement, tokenize, tokenizer_files
 from dpo_jax.host import processes
 from dpo_jax.losses import objectives
 from dpo_jax.models.config import ModelConfig
@@ -18,7 +18,7 @@ from dpo_jax.models.config import ModelConfig
 def make_loaders(
   options: Mapping[str, Any],
   objective: objectives.Objective,
-  tokenizer: tokenize.Tokenizer,
+  tokenizer: tokenizer_files.Tokenizer,
   mesh: Mesh,
   models: Sequence[ModelConfig],
   *,

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from dpo_jax import sharding
 from dpo_jax.checkpoints import manager, run_folder, source, stop_tokens
-from dpo_jax.data import loader, token_ids, tokenize
+from dpo_jax.data import loader, token_ids, tokenizer_files
 from dpo_jax.data.sources import synthetic
 from dpo_jax.losses import objectives
 from dpo_jax.models import heads, presets, transformer
@@ -253,9 +253,9 @@ def _policy_config(config):
 
 def _load_tokenizer(config, opened):
   if config.model.tokenizer:
-    return tokenize.load_tokenizer(config.model.tokenizer)
+    return tokenizer_files.load_tokenizer(config.model.tokenizer)
   if opened:
-    return tokenize.load_tokenizer(opened.tokenizer)
+    return tokenizer_files.load_tokenizer(opened.tokenizer)
   if config.data.source == "synthetic":
     return synthetic.make_tokenizer()
   raise ValueError(

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from dpo_jax.data import loader, tokenize
+from dpo_jax.data import loader, tokenize, tokenizer_files
 from dpo_jax.models.config import ModelConfig
 from dpo_jax.rewards import registry
 from dpo_jax.sampling import decode
@@ -154,7 +154,7 @@ def make_iteration(
   scorer: scorer_lib.Scorer,
   reference: ModelConfig,
   *,
-  tokenizer: tokenize.Tokenizer,
+  tokenizer: tokenizer_files.Tokenizer,
   stop_ids: Sequence[int],
   optimizer: optax.GradientTransformation,
   mesh: Mesh,

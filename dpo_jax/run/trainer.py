@@ -22,7 +22,7 @@ from dpo_jax.checkpoints import (
   stop_tokens,
 )
 from dpo_jax.data import prefetch as prefetch_lib
-from dpo_jax.data import tokenize
+from dpo_jax.data import tokenizer_files
 from dpo_jax.host import endings, files, processes
 from dpo_jax.models import lora, transformer
 from dpo_jax.models.huggingface import folder as huggingface
@@ -366,7 +366,7 @@ def _write_run_files(experiment, workdir):
         bos_token_id=experiment.tokenizer.bos_token_id,
         eos_token_id=stop_tokens.in_config(experiment.stop_ids),
       )
-      tokenize.save_tokenizer(experiment.tokenizer, folder)
+      tokenizer_files.save_tokenizer(experiment.tokenizer, folder)
       if experiment.scorer.policy.head == "vocabulary":
         stop_tokens.write(folder, experiment.stop_ids, experiment.opened)
       if experiment.scorer.policy.lora:

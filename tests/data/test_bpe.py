@@ -2,7 +2,7 @@
 
 import pytest
 
-from dpo_jax.data import bpe, tokenize
+from dpo_jax.data import bpe, tokenizer_files
 
 LINES = ["the film was good", "the film was bad", "the film was not the film"]
 
@@ -19,11 +19,15 @@ def test_every_text_comes_back_and_frequent_words_are_one_token():
 def test_the_same_lines_give_the_same_tokenizer(tmp_path):
   trained = bpe.train(LINES, 300)
   again = bpe.train(iter(LINES), 300)
-  assert tokenize.fingerprint(trained) == tokenize.fingerprint(again)
+  assert tokenizer_files.fingerprint(trained) == tokenizer_files.fingerprint(
+    again
+  )
   other = bpe.train(LINES[:2], 300)
-  assert tokenize.fingerprint(trained) != tokenize.fingerprint(other)
+  assert tokenizer_files.fingerprint(trained) != tokenizer_files.fingerprint(
+    other
+  )
   trained.save_pretrained(tmp_path)
-  read = tokenize.load_tokenizer(str(tmp_path))
+  read = tokenizer_files.load_tokenizer(str(tmp_path))
   assert read(LINES[0]).input_ids == trained(LINES[0]).input_ids
   assert read.eos_token == bpe.EOS
 

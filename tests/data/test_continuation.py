@@ -17,7 +17,7 @@ from tokenizers import (
   trainers,
 )
 
-from dpo_jax.data import continuation, tokenize
+from dpo_jax.data import continuation, tokenize, tokenizer_files
 
 CORPUS = [
   "Once upon a time, there was a little girl named Lily.\n\nShe loved to play.",
@@ -209,7 +209,7 @@ def test_no_response_begins_with_the_space_of_a_text(kind):
 
 def test_llamas_own_kind_has_the_tokens_of_the_whole(shared_dir):
   folder = str(shared_dir / "data/models/stories260K")
-  tokenizer = tokenize.load_tokenizer(folder)
+  tokenizer = tokenizer_files.load_tokenizer(folder)
   for prompt, response, first in (
     ("Once upon a time, there was a girl named", " Lily. She sat.", "▁Lily"),
     ("Once upon a time,\n", "there was a girl.", "t"),
@@ -222,7 +222,7 @@ def test_llamas_own_kind_has_the_tokens_of_the_whole(shared_dir):
 
 def test_byte_level_tokens_are_those_of_the_response_alone(shared_dir):
   path = str(shared_dir / "data/tokenizers/gpt2_tokenizer.json")
-  tokenizer = tokenize.load_tokenizer(path)
+  tokenizer = tokenizer_files.load_tokenizer(path)
   rows = (shared_dir / "golden/trl_trajectory_gpt2/pairs.jsonl").read_text()
   for row in map(json.loads, rows.splitlines()):
     _, tail = encode(tokenizer, row["prompt"], row["chosen"])

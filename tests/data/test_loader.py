@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from dpo_jax.data import dataset, loader, tokenize
+from dpo_jax.data import dataset, loader, tokenizer_files
 from dpo_jax.data import prefetch as prefetch_lib
 
 
@@ -178,7 +178,7 @@ def test_padding_on_real_dialogues_is_under_6_percent(shared_dir, tmp_path):
     source="hh",
     path=str(shared_dir / "data/hh/train.jsonl.xz"),
     split="",
-    tokenizer=tokenize.load_tokenizer(
+    tokenizer=tokenizer_files.load_tokenizer(
       str(shared_dir / "data/tokenizers/gpt2_tokenizer.json")
     ),
     inputs="pairs",

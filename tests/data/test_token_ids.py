@@ -6,7 +6,7 @@ import pytest
 import tokenizers
 import transformers
 
-from dpo_jax.data import token_ids, tokenize
+from dpo_jax.data import token_ids, tokenizer_files
 
 
 @pytest.fixture
@@ -23,15 +23,15 @@ def holes(tmp_path):
 
 
 def test_ids_with_holes_count_to_the_highest(holes):
-  tokenizer = tokenize.load_tokenizer(holes)
+  tokenizer = tokenizer_files.load_tokenizer(holes)
   assert len(tokenizer) == 3 and token_ids.size(tokenizer) == 10
   token_ids.check(tokenizer, 10)
 
 
 def test_a_token_that_a_model_has_no_row_for_is_named(holes):
-  tokenize.load_tokenizer(holes, 10)
+  tokenizer_files.load_tokenizer(holes, 10)
   with pytest.raises(ValueError) as error:
-    tokenize.load_tokenizer(holes, 9)
+    tokenizer_files.load_tokenizer(holes, 9)
   for part in (holes, "'</s>' with id 9", "the model has 9 tokens"):
     assert part in str(error.value)
 
@@ -43,4 +43,4 @@ def test_what_is_no_file_is_refused_unopened(holes, name):
   os.mkfifo(path)
   for given in (holes, path):
     with pytest.raises(ValueError, match=f"{path} is not a regular file"):
-      tokenize.load_tokenizer(given)
+      tokenizer_files.load_tokenizer(given)

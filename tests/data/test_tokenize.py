@@ -10,7 +10,7 @@ import tokenizers
 import transformers
 from hypothesis import strategies as st
 
-from dpo_jax.data import tokenize
+from dpo_jax.data import tokenize, tokenizer_files
 
 USER = {"role": "user", "content": "u"}
 GOOD = {"role": "assistant", "content": "g"}
@@ -44,7 +44,7 @@ def run(
 
 def test_no_token_reaches_from_a_prompt_into_its_response(shared_dir):
   path = str(shared_dir / "data/tokenizers/gpt2_tokenizer.json")
-  tokenizer = tokenize.load_tokenizer(path)
+  tokenizer = tokenizer_files.load_tokenizer(path)
   tokens, _ = tokenize.tokenize(
     [pair("Hello wor", "ld", " world")],
     tokenizer,
@@ -285,8 +285,8 @@ def test_report_is_told_in_lines(tokenizer):
 def test_bare_file_and_folder_tokenise_alike(make_tokenizer, tmp_path):
   tokenizer = make_tokenizer(bos=True)
   tokenizer.save_pretrained(tmp_path)
-  folder = tokenize.load_tokenizer(str(tmp_path))
-  bare = tokenize.load_tokenizer(str(tmp_path / "tokenizer.json"))
+  folder = tokenizer_files.load_tokenizer(str(tmp_path))
+  bare = tokenizer_files.load_tokenizer(str(tmp_path / "tokenizer.json"))
   rows = [pair("p", "c", "r"), pair("", "c", "r")]
   assert run(rows, bare)[0] == run(rows, folder)[0] == run(rows, tokenizer)[0]
 
@@ -304,7 +304,7 @@ def test_tokenizer_that_cannot_be_used_is_refused(make_tokenizer, tmp_path):
     ("no/such-tokenizer", "no tokenizer at 'no/such-tokenizer'"),
   ):
     with pytest.raises(ValueError, match=message) as error:
-      tokenize.load_tokenizer(str(path))
+      tokenizer_files.load_tokenizer(str(path))
     assert "\n" not in str(error.value)
 
 
@@ -312,7 +312,7 @@ def test_a_tokenizer_without_a_backend_in_rust_is_refused(tmp_path):
   transformers.ByT5Tokenizer().save_pretrained(tmp_path)
   message = "is a ByT5Tokenizer, which has no tokenizer.json; allowed: one with"
   with pytest.raises(ValueError, match=message):
-    tokenize.load_tokenizer(str(tmp_path))
+    tokenizer_files.load_tokenizer(str(tmp_path))
 
 
 def _settings(**changes):
@@ -361,7 +361,7 @@ def test_a_broken_tokenizer_is_one_line(
   values = json.loads((tmp_path / name).read_text())
   (tmp_path / name).write_text(json.dumps(change(values)))
   with pytest.raises(ValueError, match=message) as error:
-    tokenize.load_tokenizer(str(tmp_path))
+    tokenizer_files.load_tokenizer(str(tmp_path))
   assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
   assert capfd.readouterr() == ("", "")
 
@@ -374,7 +374,7 @@ def test_no_code_of_a_tokenizers_folder_is_run(make_tokenizer, tmp_path, capfd):
   path.write_text(json.dumps(values))
   (tmp_path / "mine.py").write_text(f"open({str(marker)!r}, 'w')\n")
   with pytest.raises(ValueError, match="code of its own, which is never run"):
-    tokenize.load_tokenizer(str(tmp_path))
+    tokenizer_files.load_tokenizer(str(tmp_path))
   assert not marker.exists() and capfd.readouterr() == ("", "")
 
 
@@ -382,13 +382,13 @@ def test_fingerprint_follows_vocabulary_special_tokens_and_template(
   make_tokenizer,
 ):
   tokenizer = make_tokenizer()
-  before = tokenize.fingerprint(tokenizer)
+  before = tokenizer_files.fingerprint(tokenizer)
   tokenizer(["a", "bb"], padding=False, truncation=True, max_length=1)
-  assert tokenize.fingerprint(tokenizer) == before
+  assert tokenizer_files.fingerprint(tokenizer) == before
   others = [make_tokenizer(bos=True), make_tokenizer(template="x")]
   others.append(make_tokenizer())
   others[-1].eos_token = "a"
-  assert before not in [tokenize.fingerprint(other) for other in others]
+  assert before not in [tokenizer_files.fingerprint(other) for other in others]
   assert json.loads(before)
 
 
@@ -397,12 +397,12 @@ def test_a_tokenizer_that_cannot_be_written_is_the_systems_error(
 ):
   (tmp_path / "file").touch()
   with pytest.raises(FileExistsError):
-    tokenize.save_tokenizer(make_tokenizer(), tmp_path / "file")
+    tokenizer_files.save_tokenizer(make_tokenizer(), tmp_path / "file")
   limits = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
   try:
     with pytest.raises(OSError, match="File too large") as caught:
-      tokenize.save_tokenizer(make_tokenizer(), tmp_path / "folder")
+      tokenizer_files.save_tokenizer(make_tokenizer(), tmp_path / "folder")
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
   assert caught.value.filename == str(tmp_path / "folder")
@@ -413,7 +413,7 @@ def test_a_tokenizer_that_cannot_be_written_is_the_systems_error(
 )
 def test_real_bare_tokenizers_know_their_end(name, ids, shared_dir):
   path = shared_dir / f"data/tokenizers/{name}_tokenizer.json"
-  tokenizer = tokenize.load_tokenizer(str(path))
+  tokenizer = tokenizer_files.load_tokenizer(str(path))
   assert tokenizer.eos_token == "<|endoftext|>"
   assert tokenize.encode_prompts(tokenizer, ["Hello world"]) == [ids]
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from dpo_jax.data import examples, tokenize, truncation
+from dpo_jax.data import examples, tokenize, tokenizer_files, truncation
 
 
 def cut(prompt, *responses, rule="if_needed", limits=(10, 4)):
@@ -92,7 +92,7 @@ def test_runs_before_the_rule_was_a_setting_cut_all_prompts():
 def test_prompts_of_dialogues_are_cut_as_their_authors_cut_them(shared_dir):
   """Of 3,000 rows 421 prompts of 900 that are too long fit as they are."""
   path = str(shared_dir / "data/hh/train.jsonl.xz")
-  tokenizer = tokenize.load_tokenizer(
+  tokenizer = tokenizer_files.load_tokenizer(
     str(shared_dir / "data/tokenizers/gpt2_tokenizer.json")
   )
   rows = examples.read("hh", path, split="", inputs="pairs")

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from dpo_jax.data import tokenize
+from dpo_jax.data import tokenize, tokenizer_files
 from dpo_jax.host import files
 from dpo_jax.inference import export
 from dpo_jax.inference import model as model_lib
@@ -131,7 +131,7 @@ def stopping(folder, policy, tmp_path_factory):
   target = tmp_path_factory.mktemp("stopping")
   (target / "model.safetensors").symlink_to(f"{folder}/model.safetensors")
   shutil.copy(f"{folder}/config.json", target)
-  tokenizer = tokenize.load_tokenizer(folder)
+  tokenizer = tokenizer_files.load_tokenizer(folder)
   tokenizer.chat_template = (
     "{% for m in messages %}{{ m.content }}<unk>{% endfor %}"
   )
@@ -175,8 +175,8 @@ def test_an_export_keeps_every_stop_token_and_the_chat_template(
     "eos_token_id": list(stops),
     "temperature": 0.6,
   }
-  exported = tokenize.load_tokenizer(str(tmp_path / "exported"))
-  given = tokenize.load_tokenizer(str(folder))
+  exported = tokenizer_files.load_tokenizer(str(tmp_path / "exported"))
+  given = tokenizer_files.load_tokenizer(str(folder))
   assert exported.chat_template == given.chat_template
 
 
